@@ -1,0 +1,35 @@
+"""actcache: harvest a language model's activations once, stream them anywhere.
+
+`open` and everything that it returns need neither torch nor ray; names are loaded when used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["Corpus", "Dataset", "Spec", "harvest", "list_datasets", "open"]
+
+_HOME = {
+    "Corpus": ("spec", "Corpus"),
+    "Spec": ("spec", "Spec"),
+    "Dataset": ("reader", "Dataset"),
+    "open": ("reader", "open_dataset"),
+    "harvest": ("driver", "harvest"),
+    "list_datasets": ("catalog", "list_datasets"),
+}
+
+if TYPE_CHECKING:
+    from .catalog import list_datasets
+    from .driver import harvest
+    from .reader import Dataset
+    from .reader import open_dataset as open
+    from .spec import Corpus, Spec
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'actcache' has no attribute {name!r}; it has {', '.join(__all__)}")
+    import importlib
+
+    module, attribute = _HOME[name]
+    value = getattr(importlib.import_module(f".{module}", __name__), attribute)
+    globals()[name] = value
+    return value

@@ -1,0 +1,347 @@
+"""Row codecs: how activation rows become stored numbers, and what precision that costs.
+
+`quantise` is the one lossy step between the LM and the SAE. Its error bound is part of the
+format (docs/format.md, "Precision") and is tested, not assumed.
+Shapes: N rows, D = d_in.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .errors import NonFiniteActivation, SpecError
+
+CORE_RADIUS = 16.0
+"""A core row lies within this many times the median squared distance from the per-channel median."""
+
+_MAX_CODE = 127  # symmetric: -128 stays unused, so quantise(-x) == -quantise(x), and marks holes
+_MARGIN = 0.95  # without it "noise <= fvu" is a coin flip; it costs 0.04 bit
+_TINY_STEP = 2.0**-100  # a constant site still gets a positive step
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A parsed precision: `kind` is "fvu" (with `fvu` the noise fraction), "bf16", "fp16" or "fp32"."""
+
+    kind: str
+    fvu: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> "Precision":
+        """Read `fvu:1e-3`, `bf16`, `fp16` or `fp32`.
+
+        Raises:
+            SpecError: anything else.
+        """
+        if text in ("bf16", "fp16", "fp32"):
+            return cls(text)
+        if text.startswith("fvu:"):
+            try:
+                fvu = float(text[4:])
+            except ValueError:
+                fvu = -1.0
+            if 1e-6 <= fvu <= 0.1:
+                return cls("fvu", fvu)
+        raise SpecError(
+            f"precision is {text!r}; it must be fvu:<x> with x in 1e-6..0.1 (fvu:1e-3 is usual), bf16, fp16 or fp32"
+        )
+
+    def __str__(self) -> str:
+        return f"fvu:{self.fvu:g}" if self.kind == "fvu" else self.kind
+
+    @property
+    def quantised(self) -> bool:
+        """Whether rows are stored as int8 codes with a scale."""
+        return self.kind == "fvu"
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the stored `codes` array (bf16 as its bits, since Zarr v3 has no core bfloat16)."""
+        return np.dtype({"fvu": "<i1", "bf16": "<u2", "fp16": "<f2", "fp32": "<f4"}[self.kind])
+
+    @property
+    def decode_line(self) -> str:
+        """The line of numpy that turns the stored arrays into float32, recorded in the dataset."""
+        return {
+            "fvu": "codes * scale[:, None] + offset",
+            "bf16": "(codes.astype('<u4') << 16).view('<f4')",
+            "fp16": "codes.astype('<f4')",
+            "fp32": "codes",
+        }[self.kind]
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What one site's rows look like, from a fixed prefix of the train split.
+
+    The step follows from the *core* rows: a handful of attention-sink rows at 100 times the
+    usual norm would otherwise set a step that drowns everybody else.
+    """
+
+    offset_D: np.ndarray
+    """float32 [D]: mean of the core rows (zero for lossless precisions)."""
+
+    step: float
+    """Quantisation step: noise of a uniform step is step^2 / 12 a channel."""
+
+    median_D: np.ndarray
+    """float32 [D]: per-channel median."""
+
+    radius2: float
+    """Rows whose squared distance to the median is at most this are core rows."""
+
+    n_rows: int
+    n_core: int
+    core_variance: float
+    """Summed over channels, of the core rows."""
+
+
+def calibrate(acts_ND: np.ndarray, precision: Precision) -> Calibration:
+    """Choose offset and step so that the noise is at most `precision.fvu` of the core variance.
+
+    Deterministic; float64 sums.
+
+    Raises:
+        NonFiniteActivation: names the first bad row.
+    """
+    check_finite(acts_ND, "calibration row")
+    median_D = np.median(acts_ND, axis=0).astype(np.float32)
+    distance2_N = squared_distance(acts_ND, median_D)
+    radius2 = float(CORE_RADIUS * np.median(distance2_N))
+    core_MD = acts_ND[distance2_N <= radius2].astype(np.float64)
+    mean_D = core_MD.mean(axis=0)
+    core_variance = float(core_MD.var(axis=0).sum())
+    step = max(float(np.sqrt(12 * _MARGIN * precision.fvu * core_variance / acts_ND.shape[1])), _TINY_STEP)
+    calibration = Calibration(
+        offset_D=mean_D.astype(np.float32) if precision.quantised else np.zeros_like(median_D),
+        step=float(np.float32(step)) if precision.quantised else 0.0,
+        median_D=median_D,
+        radius2=radius2,
+        n_rows=len(acts_ND),
+        n_core=len(core_MD),
+        core_variance=core_variance,
+    )
+    if precision.quantised and core_variance > 0:
+        _check_reachable(acts_ND[distance2_N <= radius2], calibration, precision)
+    return calibration
+
+
+def _check_reachable(core_MD: np.ndarray, calibration: Calibration, precision: Precision) -> None:
+    """Raise where int8 cannot hold the core rows at this step (one channel dwarfs the others)."""
+    codes_MD, scale_M = quantise(core_MD, calibration.offset_D, calibration.step)
+    error_MD = decode(codes_MD, scale_M, calibration.offset_D, precision) - core_MD
+    noise = float(np.einsum("nd,nd->", error_MD, error_MD, dtype=np.float64))
+    fvu = noise / (calibration.core_variance * len(core_MD))
+    if fvu > precision.fvu:
+        raise SpecError(
+            f"int8 codes reach FVU {fvu:.2g} at this site, wanted {precision.fvu:g}: a few channels dwarf "
+            "the others. Store it as bf16, or accept a larger fvu"
+        )
+
+
+def quantise(acts_ND: np.ndarray, offset_D: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return int8 codes [N, D] and the float32 scale of each row [N].
+
+    A row whose largest code would exceed 127 takes the smallest power-of-two multiple of `step`
+    that holds it, so nothing is clipped. Every element is recovered to within scale / 2, up to
+    float32 rounding of the element itself.
+
+    Raises:
+        NonFiniteActivation: names the first bad row; fp16 capture overflows at 65504.
+    """
+    scaled_ND = np.subtract(acts_ND, offset_D, dtype=np.float32)
+    scaled_ND *= np.float32(1.0 / step)
+    peak_N = np.maximum(scaled_ND.max(axis=1, initial=0), -scaled_ND.min(axis=1, initial=0))
+    if not np.isfinite(peak_N).all():
+        check_finite(acts_ND, "row")
+    scale_N = np.full(len(acts_ND), step, np.float32)
+    large = np.flatnonzero(peak_N > _MAX_CODE + 0.49)
+    if len(large):
+        # frexp gives peak = m * 2^e with m in [0.5, 1): 2^(e-7) brings the peak to at most 128
+        shrink_M = np.ldexp(np.float32(1), np.frexp(peak_N[large])[1] - 7).astype(np.float32)
+        shrink_M[peak_N[large] / shrink_M > _MAX_CODE + 0.49] *= 2
+        scale_N[large] *= shrink_M
+        scaled_ND[large] /= shrink_M[:, None]
+    return np.rint(scaled_ND, out=scaled_ND).astype(np.int8), scale_N
+
+
+def encode(
+    acts_ND: np.ndarray, calibration: Calibration, precision: Precision
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Stored `codes` [N, D] in `precision.dtype`, and `scale` [N] where there is one.
+
+    bf16 rounds to nearest even; fp32 keeps every bit.
+
+    Raises:
+        NonFiniteActivation: a value is not finite, or overflows fp16 or bf16.
+    """
+    if precision.quantised:
+        return quantise(acts_ND, calibration.offset_D, calibration.step)
+    check_finite(acts_ND, "row")
+    if precision.kind == "bf16":
+        codes_ND = _to_bf16_bits(acts_ND)
+        check_finite(decode(codes_ND, None, None, precision), "row rounded to bf16:")
+    else:
+        with np.errstate(over="ignore"):
+            codes_ND = acts_ND.astype(precision.dtype)
+        check_finite(codes_ND, f"row in {precision.kind}:")
+    return codes_ND, None
+
+
+def decode(
+    codes_ND: np.ndarray, scale_N: np.ndarray | None, offset_D: np.ndarray | None, precision: Precision
+) -> np.ndarray:
+    """float32 rows [N, D]; the same arithmetic as the recorded decode line."""
+    if precision.quantised:
+        assert scale_N is not None
+        assert offset_D is not None
+        acts_ND = np.multiply(codes_ND, scale_N[:, None], dtype=np.float32)
+        acts_ND += offset_D
+        return acts_ND
+    if precision.kind == "bf16":
+        return (codes_ND.astype("<u4") << 16).view("<f4")
+    return codes_ND.astype(np.float32, copy=False)
+
+
+def squared_distance(acts_ND: np.ndarray, centre_D: np.ndarray) -> np.ndarray:
+    """float32 [N]: squared distance of each row to `centre_D`."""
+    diff_ND = acts_ND - centre_D
+    return np.einsum("nd,nd->n", diff_ND, diff_ND)
+
+
+def check_finite(acts_ND: np.ndarray, what: str) -> None:
+    """Raise NonFiniteActivation naming the first row with an inf or NaN."""
+    finite_N = np.isfinite(acts_ND).all(axis=1)
+    if not finite_N.all():
+        row = int(np.flatnonzero(~finite_N)[0])
+        channel = int(np.flatnonzero(~np.isfinite(acts_ND[row]))[0])
+        raise NonFiniteActivation(
+            f"{what} {row} holds {acts_ND[row, channel]} at channel {channel}; wanted finite values. "
+            "Run the LM in float32 or bfloat16 (fp16 overflows at 65504), or check its weights"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Exact, mergeable statistics of stored rows and of what storing cost them.
+
+    Means and second moments merge by Chan, Golub and LeVeque 1979. The moments are those of the
+    *stored* values, so anybody can recompute them from the shards; the `sse` fields compare them
+    with the LM's output.
+    """
+
+    n_rows: int
+    mean_D: np.ndarray
+    m2_D: np.ndarray
+    """float64 [D]: sum of squared deviations from the mean, per channel."""
+    norm_sum: float
+    max_abs: float
+    n_core: int
+    core_mean_D: np.ndarray
+    core_m2_D: np.ndarray
+    sse: float
+    """Squared error of the stored rows against the LM's, summed over rows and channels."""
+    core_sse: float
+    max_error: float
+    rows_rescaled: int
+    """Rows too large for the common step (they took a power-of-two multiple of it)."""
+
+    @classmethod
+    def of(
+        cls, acts_ND: np.ndarray, stored_ND: np.ndarray, scale_N: np.ndarray | None, calibration: Calibration
+    ) -> "Statistics":
+        """Statistics of rows `stored_ND` that stand for the LM's rows `acts_ND` (both float32 [N, D])."""
+        core_N = squared_distance(acts_ND, calibration.median_D) <= calibration.radius2
+        mean_D, m2_D = _moments(stored_ND)
+        core_mean_D, core_m2_D = _moments(stored_ND if core_N.all() else stored_ND[core_N])
+        error_ND = stored_ND - acts_ND
+        sse_N = np.einsum("nd,nd->n", error_ND, error_ND).astype(np.float64)
+        norms_N = np.sqrt(np.einsum("nd,nd->n", stored_ND, stored_ND))
+        return cls(
+            n_rows=len(acts_ND),
+            mean_D=mean_D,
+            m2_D=m2_D,
+            norm_sum=float(norms_N.sum(dtype=np.float64)),
+            max_abs=float(max(stored_ND.max(), -stored_ND.min())),
+            n_core=int(core_N.sum()),
+            core_mean_D=core_mean_D,
+            core_m2_D=core_m2_D,
+            sse=float(sse_N.sum()),
+            core_sse=float(sse_N[core_N].sum()),
+            max_error=float(max(error_ND.max(), -error_ND.min())),
+            rows_rescaled=0 if scale_N is None else int((scale_N != np.float32(calibration.step)).sum()),
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """What `ds.stats(site)` gives: arrays float64 [D], the rest plain numbers."""
+        n = max(self.n_rows, 1)
+        core_total, total = float(self.core_m2_D.sum()), float(self.m2_D.sum())
+        return {
+            "n_rows": self.n_rows,
+            "mean": self.mean_D,
+            "variance": self.m2_D / n,
+            "mean_norm": self.norm_sum / n,
+            "max_abs": self.max_abs,
+            "n_core": self.n_core,
+            "fvu_core": self.core_sse / core_total if core_total else 0.0,
+            "fvu_all": self.sse / total if total else 0.0,
+            "max_error": self.max_error,
+            "rows_rescaled": self.rows_rescaled,
+        }
+
+
+def merge(parts: Sequence[Statistics]) -> Statistics:
+    """The statistics of all the parts' rows together; the order of parts changes only rounding."""
+    mean_D, m2_D = _merge_moments([(p.n_rows, p.mean_D, p.m2_D) for p in parts])
+    core_mean_D, core_m2_D = _merge_moments([(p.n_core, p.core_mean_D, p.core_m2_D) for p in parts])
+    return Statistics(
+        n_rows=sum(p.n_rows for p in parts),
+        mean_D=mean_D,
+        m2_D=m2_D,
+        norm_sum=sum(p.norm_sum for p in parts),
+        max_abs=max(p.max_abs for p in parts),
+        n_core=sum(p.n_core for p in parts),
+        core_mean_D=core_mean_D,
+        core_m2_D=core_m2_D,
+        sse=sum(p.sse for p in parts),
+        core_sse=sum(p.core_sse for p in parts),
+        max_error=max(p.max_error for p in parts),
+        rows_rescaled=sum(p.rows_rescaled for p in parts),
+    )
+
+
+def _moments(acts_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and sum of squared deviations per channel, float64 [D], shifted to avoid cancellation."""
+    if not len(acts_ND):
+        return np.zeros(acts_ND.shape[1]), np.zeros(acts_ND.shape[1])
+    # float32 sums within 1024-row groups, float64 across: 1e-7 relative at a third of the time
+    shift_D = acts_ND[:1024].mean(axis=0)
+    total_D = np.zeros(acts_ND.shape[1])
+    square_D = np.zeros(acts_ND.shape[1])
+    for i in range(0, len(acts_ND), 1024):
+        diff_ND = acts_ND[i : i + 1024] - shift_D
+        total_D += diff_ND.sum(axis=0)
+        square_D += np.einsum("nd,nd->d", diff_ND, diff_ND)
+    n = len(acts_ND)
+    return shift_D + total_D / n, np.maximum(square_D - total_D**2 / n, 0.0)
+
+
+def _merge_moments(parts: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    n, mean_D, m2_D = 0, np.zeros_like(parts[0][1]), np.zeros_like(parts[0][2])
+    for n_b, mean_b, m2_b in parts:
+        if not n_b:
+            continue
+        delta_D = mean_b - mean_D
+        total = n + n_b
+        m2_D = m2_D + m2_b + delta_D**2 * (n * n_b / total)
+        mean_D = mean_D + delta_D * (n_b / total)
+        n = total
+    return mean_D, m2_D
+
+
+def _to_bf16_bits(acts_ND: np.ndarray) -> np.ndarray:
+    bits_ND = np.ascontiguousarray(acts_ND, dtype=np.float32).view(np.uint32)
+    rounded_ND = bits_ND + (((bits_ND >> 16) & 1) + np.uint32(0x7FFF))
+    return (rounded_ND >> 16).astype("<u2")

@@ -1,0 +1,578 @@
+"""The harvest: plan what is missing, run it on one process or many Ray actors, commit it.
+
+The driver alone writes manifests and `zarr.json`; Harvesters write shards and records. Any of
+them may die at any time: the same call again finishes the rest and repeats no committed block.
+"""
+
+import hashlib
+import importlib.metadata
+import logging
+import platform
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from .catalog import find_dataset
+from .codec import Precision
+from .corpus import ResolvedCorpus, TokenStore, resolve_corpus, tokenise, tokens_identity
+from .errors import ActcacheError, Conflict, HarvestError, SpecError
+from .harvester import Harvester, Job
+from .layout import calibration_key, offset_objects, parse_calibration, zarr_metadata
+from .manifest import (
+    SPLITS,
+    BlockRecord,
+    Manifest,
+    SiteExtent,
+    commit_manifest,
+    latest_version,
+    read_manifest,
+    read_records,
+    read_segment_table,
+    record_key,
+    write_segment,
+)
+from .progress import Progress
+from .spec import FORMAT, Spec, canonical_json, dataset_name, digest
+from .store import Store, open_store
+
+if TYPE_CHECKING:
+    from .reader import Dataset
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+"""Times a block is tried before it is set aside and the rest finished."""
+_COMPACT_EVERY_S = 60.0
+_COMPACT_EVERY_BLOCKS = 1000
+
+Unit = tuple[str, int, tuple[str, ...]]
+"""(split, block, sites): one thing for a Harvester to do."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A Spec against the world: its identity, the sites by name, and what to read it with."""
+
+    spec: Spec
+    identity: dict[str, Any]
+    widths: dict[str, int]
+    """d_in of each wanted site, in forward order."""
+    corpus: ResolvedCorpus
+    tokenizer: Any
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The wanted sites by name, globs expanded."""
+        return tuple(self.widths)
+
+    @property
+    def id(self) -> str:
+        """sha256 of the identity."""
+        return digest(self.identity)
+
+
+def resolve(spec: Spec, storage_options: Mapping[str, Any] | None = None) -> Resolved:
+    """Fix what a Spec leaves open: revisions, digests, special tokens, block shape, site globs.
+
+    Reads the corpus's content digest, the model's config and its tokenizer; no weights are loaded
+    (a local model's are hashed).
+
+    Raises:
+        SpecError: unknown model or site, no tokenizer, context size beyond the model's.
+        CorpusError: nothing matches the corpus.
+    """
+    from . import capture
+
+    _, model_id, revision = capture.resolve_model(spec.model, spec.model_revision)
+    skeleton = capture.skeleton(spec.model, spec.model_revision)
+    config = skeleton.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and spec.context_size > longest:
+        raise SpecError(
+            f"context_size is {spec.context_size}, but {model_id} takes at most {longest} tokens; lower it"
+        )
+    tokenizer = capture.load_tokenizer(spec.model, spec.model_revision)
+    if len(tokenizer) > config.vocab_size:
+        raise SpecError(
+            f"the tokenizer has {len(tokenizer)} tokens, but {model_id} embeds {config.vocab_size}; use its own"
+        )
+    sites = tuple(capture.resolve_sites(skeleton, list(spec.sites)))
+    corpus = resolve_corpus(spec.corpus, storage_options)
+    block_rows, chunk_rows = spec.block_shape(config.hidden_size)
+    identity = {
+        "format": FORMAT,
+        "model": {"id": model_id, "revision": revision, "lm_dtype": spec.lm_dtype},
+        "tokens": tokens_identity(spec, corpus, tokenizer),
+        "precision": str(Precision.parse(spec.precision)),
+        "block_rows": block_rows,
+        "chunk_rows": chunk_rows,
+        "seed": spec.seed,
+    }
+    widths = {site: capture.site_width(skeleton, site) for site in sites}
+    return Resolved(spec, identity, widths, corpus, tokenizer)
+
+
+def harvest(
+    spec: Spec,
+    root: str,
+    *,
+    workers: int = 1,
+    engine: str = "local",
+    lm_batch: int = 32,
+    device: str = "cpu",
+    gpus_per_worker: float = 0,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> "Dataset":
+    """The committed dataset of `spec` under `root`; returns at once when it is already there.
+
+    Only what is missing is computed, so the same call resumes after a crash, and a larger
+    `n_tokens` or more sites extend the dataset. Several drivers may run the same Spec at once.
+
+    Args:
+        spec: what to harvest.
+        root: a directory or fsspec URL that holds datasets and token stores.
+        workers: Harvesters to run; the local engine runs one.
+        engine: "ray" (one actor per worker, on the connected or a fresh local cluster) or "local".
+        lm_batch: sequences in one forward pass. Never changes which row is where.
+        device: of the LM, e.g. "cpu" or "cuda".
+        gpus_per_worker: GPUs that Ray reserves for each actor.
+        storage_options: for fsspec; never stored.
+        progress: show bars or lines on standard error.
+
+    Raises:
+        SpecError, CorpusError: the request cannot be met as written.
+        HarvestError: some blocks failed repeatedly; the rest is committed.
+        StoreError: the store refused.
+    """
+    from .reader import open_dataset
+
+    if engine not in ("ray", "local"):
+        raise SpecError(f"engine is {engine!r}; it must be 'ray' or 'local'")
+    if workers < 1 or lm_batch < 1:
+        raise SpecError(f"workers is {workers} and lm_batch {lm_batch}; both must be at least 1")
+    start = time.monotonic()
+    resolved = resolve(spec, storage_options)
+    base = open_store(root, storage_options)
+    found = find_dataset(base, resolved.id)
+    name = found or dataset_name(resolved.identity, spec.corpus.source)
+    store = base.sub(name)
+    if found is None:
+        _write_identity(store, resolved)  # also shows at once whether the root can be written
+    tokens = tokenise(spec, resolved.corpus, resolved.tokenizer, base, progress=progress)
+    state = _State(store, resolved, tokens)
+    missing = state.missing()
+    if state.covered():
+        log.info("cache hit: %s holds all that was asked for, nothing to compute", name)
+        return open_dataset(store.url, storage_options=storage_options)
+    job = Job(
+        identity=resolved.identity,
+        dataset_url=store.url,
+        tokens_url=tokens.store.url,
+        storage_options=dict(storage_options or {}),
+        model=spec.model,
+        model_revision=resolved.identity["model"]["revision"],
+        sites=resolved.sites,
+        lm_batch=lm_batch,
+        device=device,
+        threads=0,
+    )
+    log.info("%s: %d of %d blocks to harvest", name, len(missing), len(state.wanted))
+    opened: Engine = LocalEngine(job) if engine == "local" else RayEngine(job, workers, gpus_per_worker)
+    with opened as pool:
+        _run(pool, state, missing, job, start, workers if engine == "ray" else 1, progress)
+    return open_dataset(store.url, storage_options=storage_options)
+
+
+class _State:
+    """What is committed and what is wanted: from manifest, segments and loose records alone."""
+
+    def __init__(self, store: Store, resolved: Resolved, tokens: TokenStore) -> None:
+        self.store, self.resolved, self.tokens = store, resolved, tokens
+        spec, rows = resolved.spec, resolved.identity["block_rows"]
+        limits = {
+            "train": -(-spec.n_tokens // rows),
+            "validation": spec.validation_blocks,
+            "test": spec.test_blocks,
+        }
+        self.wanted = [
+            (split, block)
+            for split in ("validation", "test", "train")
+            for block in range(min(limits[split], -(-tokens.n_rows(split) // rows)))
+        ]
+
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read again what is committed."""
+        version = latest_version(self.store)
+        self.manifest: Manifest | None = read_manifest(self.store, version) if version else None
+        self.done: dict[tuple[str, int], set[str]] = {}
+        self.loose: list[BlockRecord] = []
+        """Committed records that no segment holds yet."""
+        known = []
+        for segment in self.manifest.segments if self.manifest else ():
+            table = read_segment_table(self.store, segment.statistics, segment.statistics_sha256)
+            for row in table.select(["split", "block", "site", "sites"]).to_pylist():
+                self.done.setdefault((row["split"], row["block"]), set()).add(row["site"])
+                known.append(record_key(row["split"], row["block"], row["sites"].split(",")))
+        for record in read_records(self.store, known):
+            self.add(record)
+
+    def add(self, record: BlockRecord) -> None:
+        """Take in a record that was just committed."""
+        self.done.setdefault((record.split, record.block), set()).update(record.statistics)
+        self.loose.append(record)
+
+    def missing(self) -> list[Unit]:
+        """Blocks that lack a wanted site, held-out splits first."""
+        units = []
+        for split, block in self.wanted:
+            sites = tuple(s for s in self.resolved.sites if s not in self.done.get((split, block), ()))
+            if sites:
+                units.append((split, block, sites))
+        return units
+
+    def covered(self) -> bool:
+        """Whether the manifest, not only loose records, holds all that is wanted."""
+        manifest = self.manifest
+        return manifest is not None and all(
+            site in manifest.fidelity and block < manifest.sites[site].n_blocks[split]
+            for split, block in self.wanted
+            for site in self.resolved.sites
+        )
+
+    def prefix(self, split: str, site: str) -> int:
+        """How many blocks from the first on are committed for a site."""
+        n = 0
+        while site in self.done.get((split, n), ()):
+            n += 1
+        return n
+
+    def extents(self, widths: Mapping[str, int], calibrations: Mapping[str, str]) -> dict[str, SiteExtent]:
+        """The committed extent of each site that has any block."""
+        return {
+            site: SiteExtent(
+                widths[site], {split: self.prefix(split, site) for split in SPLITS}, calibrations[site]
+            )
+            for site in sorted(widths)
+        }
+
+    def split_sizes(self, sites: Mapping[str, SiteExtent]) -> dict[str, dict[str, int]]:
+        """n_blocks, n_rows and n_sequences of each split's longest committed prefix."""
+        block_rows = self.resolved.identity["block_rows"]
+        sizes = {}
+        for split in SPLITS:
+            n_blocks = max((e.n_blocks[split] for e in sites.values()), default=0)
+            n_rows = min(n_blocks * block_rows, self.tokens.n_rows(split))
+            row_start = self.tokens.row_start(split)
+            n_sequences = int(np.searchsorted(row_start, n_rows, side="left")) if n_rows else 0
+            sizes[split] = {"n_blocks": n_blocks, "n_rows": n_rows, "n_sequences": n_sequences}
+        return sizes
+
+
+def _run(
+    pool: "Engine",
+    state: _State,
+    missing: Sequence[Unit],
+    job: Job,
+    start: float,
+    workers: int,
+    progress: bool,
+) -> None:
+    """Run the missing units and commit manifests as they come; raise if any failed for good."""
+    pool.prepare()
+    failed: list[tuple[Unit, BaseException]] = []
+    first_block = time.monotonic()
+    rows_done = 0
+    last_compact = time.monotonic()
+    total = sum(_unit_rows(state, u) for u in missing)
+    with Progress("harvest", total, "rows", show=progress) as bar:
+        for unit, result in _with_attempts(pool, missing):
+            if isinstance(result, BaseException):
+                failed.append((unit, result))
+                log.error("block %d of %s set aside: %s", unit[1], unit[0], result)
+                continue
+            record = BlockRecord.from_json(result, f"record of {unit[0]} block {unit[1]}")
+            state.add(record)
+            rows_done += record.n_rows
+            bar.advance(record.n_rows, out=_bits_per_value(record))
+            now = time.monotonic()
+            if now - last_compact > _COMPACT_EVERY_S or len(state.loose) >= _COMPACT_EVERY_BLOCKS:
+                _commit(state, {}, {}, complete=False)
+                last_compact = now
+    elapsed = time.monotonic() - first_block
+    provenance = _provenance(job, workers) | {
+        "rows": rows_done,
+        "harvest_s": round(elapsed, 3),
+        "rows_per_s": round(rows_done / elapsed, 1) if rows_done else 0.0,
+        "start_to_first_block_s": round(first_block - start, 3),
+    }
+    known = state.manifest.fidelity if state.manifest else {}
+    fidelity = {} if failed else pool.fidelity([site for site in job.sites if site not in known])
+    _commit(state, fidelity, provenance, complete=not failed)
+    if failed:
+        names = ", ".join(f"{u[0]} block {u[1]}" for u, _ in failed[:5])
+        more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
+        raise HarvestError(
+            f"{len(failed)} of {len(missing)} blocks failed ({names}{more}): {failed[0][1]}. "
+            "The rest is committed; run the same command again to retry these"
+        ) from failed[0][1]
+
+
+def _with_attempts(pool: "Engine", units: Iterable[Unit]) -> Iterator[tuple[Unit, bytes | BaseException]]:
+    """Each unit once with its record or its last error; transient errors are tried `ATTEMPTS` times."""
+    queue = deque(units)
+    attempts: dict[Unit, int] = {}
+    while queue or pool.busy():
+        while queue and pool.free():
+            pool.submit(queue.popleft())
+        for unit, result in pool.completed():
+            if isinstance(result, BaseException):
+                attempts[unit] = attempts.get(unit, 0) + 1
+                final = isinstance(result, ActcacheError) and not isinstance(result, OSError)
+                if not final and attempts[unit] < ATTEMPTS:
+                    log.warning("block %d of %s: %s; trying again", unit[1], unit[0], result)
+                    queue.append(unit)
+                    continue
+            yield unit, result
+
+
+def _commit(
+    state: _State,
+    fidelity: Mapping[str, dict[str, float]],
+    provenance: Mapping[str, Any],
+    *,
+    complete: bool,
+) -> None:
+    """Compact loose records into a segment, create the next manifest version, grow `zarr.json`.
+
+    Another driver may create that version first: then what it committed is taken in and the next
+    version tried.
+    """
+    store, spec = state.store, state.resolved.spec
+    while True:
+        before = state.manifest
+        known = {site: e.d_in for site, e in before.sites.items()} if before else {}
+        all_widths = {**known, **state.resolved.widths}
+        raw = {site: store.read(calibration_key(site)) for site in all_widths}
+        digests = {site: _sha256(data) for site, data in raw.items()}
+        segment = write_segment(store, state.loose) if state.loose else None
+        sites = state.extents(all_widths, digests)
+        manifest = Manifest(
+            version=before.version + 1 if before else 1,
+            id=state.resolved.id,
+            identity=state.resolved.identity,
+            source=spec.corpus.source.split("?")[0],
+            splits=state.split_sizes(sites),
+            sites=sites,
+            segments=(*(before.segments if before else ()), *([segment] if segment else ())),
+            wanted={
+                "sites": list(state.resolved.sites),
+                "n_tokens": spec.n_tokens,
+                "validation_blocks": spec.validation_blocks,
+                "test_blocks": spec.test_blocks,
+            },
+            complete=complete and not state.missing(),
+            fidelity={**(before.fidelity if before else {}), **fidelity},
+            provenance=dict(provenance) or (before.provenance if before else {}),
+        )
+        if commit_manifest(store, manifest):
+            state.manifest, state.loose = manifest, []
+            break
+        state.refresh()
+    calibrations = {site: parse_calibration(data, site) for site, data in raw.items()}
+    for key, data in offset_objects(manifest, calibrations):
+        store.create(key, data)
+    for key, data in zarr_metadata(manifest).items():
+        store.replace(key, data)
+
+
+def _write_identity(store: Store, resolved: Resolved) -> None:
+    """Claim the prefix: `_identity.json` is created first and must be ours."""
+    try:
+        store.create("_identity.json", canonical_json(resolved.identity).encode())
+    except Conflict:
+        raise Conflict(
+            f"{store.url} belongs to another dataset (its _identity.json differs); use another root"
+        ) from None
+
+
+# Engines: where Harvesters run
+
+
+class Engine(Protocol):
+    """Runs units on Harvesters. `completed` blocks until at least one is done."""
+
+    def __enter__(self) -> "Engine": ...
+    def __exit__(self, *exc: object) -> None: ...
+    def prepare(self) -> None:
+        """Load the LM and calibrate the sites."""
+
+    def free(self) -> bool: ...
+    def busy(self) -> bool: ...
+    def submit(self, unit: Unit) -> None: ...
+    def completed(self) -> Iterator[tuple[Unit, bytes | BaseException]]: ...
+    def fidelity(self, sites: Sequence[str]) -> dict[str, dict[str, float]]: ...
+
+
+class LocalEngine:
+    """One Harvester in this process; two threads, so that one block's upload overlaps the next's forward."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="harvest")
+        self._running: dict[Future[bytes], Unit] = {}
+
+    def __enter__(self) -> "LocalEngine":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def prepare(self) -> None:
+        self._harvester = Harvester(self._job)
+        self._harvester.calibrate()
+
+    def free(self) -> bool:
+        return len(self._running) < 2
+
+    def busy(self) -> bool:
+        return bool(self._running)
+
+    def submit(self, unit: Unit) -> None:
+        self._running[self._pool.submit(self._harvester.run_block, *unit)] = unit
+
+    def completed(self) -> Iterator[tuple[Unit, bytes | BaseException]]:
+        done, _ = wait(self._running, return_when=FIRST_COMPLETED)
+        for future in done:
+            yield self._running.pop(future), future.exception() or future.result()
+
+    def fidelity(self, sites: Sequence[str]) -> dict[str, dict[str, float]]:
+        return {site: self._harvester.fidelity(site) for site in sites}
+
+
+class RayEngine:
+    """One Ray actor per worker, two blocks in flight on each; only ids go in and statistics come out."""
+
+    def __init__(self, job: Job, workers: int, gpus_per_worker: float) -> None:
+        import ray
+
+        self._ray, self._workers, self._gpus = ray, workers, gpus_per_worker
+        self._started = not ray.is_initialized()
+        self._job = job
+        self._running: dict[Any, tuple[int, Unit]] = {}
+
+    def __enter__(self) -> "RayEngine":
+        if self._started:
+            start_ray(self._workers)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for actor in getattr(self, "_actors", []):
+            self._ray.kill(actor)
+        if self._started:
+            self._ray.shutdown()
+
+    def prepare(self) -> None:
+        ray = self._ray
+        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // self._workers) if not self._gpus else 1
+        job = replace(self._job, threads=1 if not self._gpus else 0)
+        options = {
+            "num_cpus": 1 if not self._gpus else min(cpus, 4),
+            "num_gpus": self._gpus,
+            "max_restarts": -1,
+            "max_task_retries": 0,
+            "max_concurrency": 2,
+        }
+        remote = ray.remote(Harvester).options(**options)
+        self._actors = [remote.remote(job) for _ in range(self._workers)]
+        self._call(self._actors[0].calibrate.remote())
+
+    def free(self) -> bool:
+        return len(self._running) < 2 * self._workers
+
+    def busy(self) -> bool:
+        return bool(self._running)
+
+    def submit(self, unit: Unit) -> None:
+        load = [0] * self._workers
+        for worker, _ in self._running.values():
+            load[worker] += 1
+        worker = load.index(min(load))
+        self._running[self._actors[worker].run_block.remote(*unit)] = (worker, unit)
+
+    def completed(self) -> Iterator[tuple[Unit, bytes | BaseException]]:
+        done, _ = self._ray.wait(list(self._running), num_returns=1)
+        for ref in done:
+            _, unit = self._running.pop(ref)
+            try:
+                yield unit, self._call(ref)
+            except Exception as err:
+                yield unit, err
+
+    def fidelity(self, sites: Sequence[str]) -> dict[str, dict[str, float]]:
+        refs = [self._actors[i % self._workers].fidelity.remote(site) for i, site in enumerate(sites)]
+        return dict(zip(sites, (self._call(ref) for ref in refs), strict=True))
+
+    def _call(self, ref: Any) -> Any:
+        """The result; an error of ours comes back as itself, not wrapped in Ray's traceback."""
+        try:
+            return self._ray.get(ref)
+        except self._ray.exceptions.RayTaskError as err:
+            cause = err.cause
+            raise (cause if isinstance(cause, ActcacheError) else err) from None
+
+
+def start_ray(workers: int) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start a local one with a CPU per worker."""
+    import os
+
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.WARNING)
+        return
+    cpus = max(workers, os.cpu_count() or 1)
+    ray.init(
+        num_cpus=cpus,
+        include_dashboard=False,
+        object_store_memory=100 * 1024**2,  # ids and statistics only
+        logging_level=logging.WARNING,
+        log_to_driver=False,
+    )
+
+
+def _unit_rows(state: _State, unit: Unit) -> int:
+    block_rows = state.resolved.identity["block_rows"]
+    return min(block_rows, state.tokens.n_rows(unit[0]) - unit[1] * block_rows)
+
+
+def _bits_per_value(record: BlockRecord) -> str:
+    stored = sum(o.size_bytes for o in record.objects if o.path.endswith(("/codes", "/scale")))
+    values = sum(len(s.mean_D) for s in record.statistics.values()) * record.n_rows
+    return f"{8 * stored / values:.2f} bits/value"
+
+
+def _provenance(job: Job, workers: int) -> dict[str, Any]:
+    versions = {}
+    for package in ("actcache", "numpy", "torch", "transformers", "zarr", "numcodecs"):
+        versions[package] = importlib.metadata.version(package)
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": job.device,
+        "lm_batch": job.lm_batch,
+        "workers": workers,
+        "attention": "sdpa",
+    }
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,45 @@
+"""What can go wrong, grouped by what a caller would do about it.
+
+Every message says what was found, what was wanted and what to do. Bad arguments that are
+found before anything is touched are `ValueError`s as well, so `except ValueError` works.
+"""
+
+
+class ActcacheError(Exception):
+    """Anything this package raises on purpose; the command line prints it as one line."""
+
+
+class SpecError(ActcacheError, ValueError):
+    """The request cannot be met as written (unknown site, context too long, typo): change it."""
+
+
+class CorpusError(ActcacheError, ValueError):
+    """The corpus is empty, unreadable or malformed: fix the data or its description."""
+
+
+class NotADataset(ActcacheError, FileNotFoundError):
+    """No committed dataset at this URL (or none yet): check the URL, or run the harvest."""
+
+
+class FormatError(ActcacheError):
+    """The stored metadata is not what this version reads (too new, hostile or damaged)."""
+
+
+class CorruptObject(ActcacheError):
+    """A stored object differs from its recorded size or checksum; the message names the key."""
+
+
+class StoreError(ActcacheError, OSError):
+    """The store refused or failed (permissions, disk full, network) after the allowed retries."""
+
+
+class Conflict(StoreError):
+    """An object that must be created exists with other content: somebody else's data is there."""
+
+
+class NonFiniteActivation(ActcacheError, ArithmeticError):
+    """The LM produced inf or NaN; the message names the first bad row (fp16 overflows at 65504)."""
+
+
+class HarvestError(ActcacheError, RuntimeError):
+    """Blocks failed again after their retries; everything else is committed. Re-run to finish."""

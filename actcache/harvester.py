@@ -1,0 +1,334 @@
+"""A Harvester: one LM that turns blocks of sequences into committed shards.
+
+An ordinary object that runs in any process; `actcache.driver` drives one or many. A block is a
+pure function of (identity, split, block number): which rows it holds, and in which order, is
+known from the token store before any forward pass. Activations never leave this process except
+as encoded shards.
+Shapes: B sequences of an LM batch, T tokens, N rows, D = d_in.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .codec import Calibration, Precision, Statistics, calibrate, decode, encode, merge
+from .corpus import TokenStore, kept_tokens, open_tokens
+from .errors import Conflict, NonFiniteActivation
+from .layout import array_layout, calibration_json, calibration_key, parse_calibration, sequences_per_shard
+from .manifest import BlockRecord, ObjectRecord
+from .order import permutation
+from .shard import crc32c, decode_shard, encode_shard, index_size, parse_index, shard_key
+from .store import Store, open_store
+
+CALIBRATION_SEQUENCES = 256
+CALIBRATION_ROWS = 65_536
+FIDELITY_SEQUENCES = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that a Harvester needs, small enough to send anywhere."""
+
+    identity: Mapping[str, Any]
+    dataset_url: str
+    tokens_url: str
+    storage_options: Mapping[str, Any]
+    model: str
+    """Hub id, local directory or bundled name, as `capture.load_lm` takes it."""
+    model_revision: str | None
+    sites: tuple[str, ...]
+    lm_batch: int
+    """Sequences in one forward pass."""
+    device: str
+    threads: int
+    """CPU threads of the LM; 0 leaves torch's default."""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPlan:
+    """Which rows a block holds, from tokens alone, in stored order."""
+
+    split: str
+    block: int
+    first_sequence: int
+    last_sequence: int
+    """One past the block's last sequence."""
+    chosen_ST: np.ndarray
+    """bool [S, T] over its sequences: the tokens that are this block's rows."""
+    place_N: np.ndarray
+    """int64 [N]: stored row of each chosen token, in reading order."""
+    input_ids_ST: np.ndarray
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.place_N)
+
+
+def plan_block(tokens: TokenStore, identity: Mapping[str, Any], split: str, block: int) -> BlockPlan:
+    """The rows [b*R, (b+1)*R) of a split's kept tokens, and their places after the permutation."""
+    block_rows = identity["block_rows"]
+    row_start = tokens.row_start(split)
+    begin, end = block * block_rows, min((block + 1) * block_rows, int(row_start[-1]))
+    assert begin < end, f"block {block} of {split} lies past the last row"
+    first = int(np.searchsorted(row_start, begin, side="right")) - 1
+    last = int(np.searchsorted(row_start, end, side="left"))
+    input_ids_ST, length_S = tokens.sequences(split, first, last)
+    chosen_ST = kept_tokens(input_ids_ST, length_S, tokens.identity["special_token_ids"])
+    row_N = row_start[first] + np.arange(int(chosen_ST.sum()))
+    chosen_ST[chosen_ST] = (row_N >= begin) & (row_N < end)
+    order_N = permutation(end - begin, "rows", identity["seed"], split, block)
+    place_N = np.empty_like(order_N)
+    place_N[order_N] = np.arange(len(order_N))
+    return BlockPlan(split, block, first, last, chosen_ST, place_N, input_ids_ST)
+
+
+class Harvester:
+    """Runs blocks of one dataset. `run_block` may be called from several threads: their forward
+    passes take turns, while encoding and uploading of one block overlap the next one's forward."""
+
+    def __init__(self, job: Job) -> None:
+        from .capture import load_lm, site_width
+
+        self.job = job
+        if job.threads:
+            import torch
+
+            torch.set_num_threads(job.threads)
+        self.store: Store = open_store(job.dataset_url, job.storage_options)
+        tokens = open_tokens(open_store(job.tokens_url, job.storage_options))
+        assert tokens is not None, "the driver opens or builds the token store first"
+        self.tokens = tokens
+        self.precision = Precision.parse(job.identity["precision"])
+        self.lm = load_lm(
+            job.model,
+            revision=job.model_revision,
+            lm_dtype=job.identity["model"]["lm_dtype"],
+            device=job.device,
+        )
+        self.d_in = {site: site_width(self.lm.model, site) for site in job.sites}
+        self._calibrations: dict[str, Calibration] = {}
+        self._lm_lock = threading.Lock()
+
+    def calibrate(self) -> None:
+        """Create the calibration of every site that has none, from a fixed prefix of the train split."""
+        missing = [s for s in self.job.sites if not self.store.exists(calibration_key(s))]
+        if not missing:
+            return
+        row_start = self.tokens.row_start("train")
+        n = max(CALIBRATION_SEQUENCES, int(np.searchsorted(row_start, CALIBRATION_ROWS, side="left")))
+        n = min(n, self.tokens.n_sequences("train"))
+        input_ids_ST, length_S = self.tokens.sequences("train", 0, n)
+        kept_ST = kept_tokens(input_ids_ST, length_S, self.tokens.identity["special_token_ids"])
+        parts: dict[str, list[np.ndarray]] = {site: [] for site in missing}
+        for start, acts in self._forward(input_ids_ST, missing):
+            kept = kept_ST[start : start + self.job.lm_batch]
+            for site in missing:
+                parts[site].append(acts[site][kept])
+        for site in missing:
+            try:
+                calibration = calibrate(np.concatenate(parts.pop(site)), self.precision)
+            except NonFiniteActivation as err:
+                raise NonFiniteActivation(f"{site}: {err}") from None
+            try:
+                self.store.create(calibration_key(site), calibration_json(calibration, site))
+            except Conflict:
+                continue  # another harvester was first with another kernel: its calibration holds for all
+
+    def run_block(self, split: str, block: int, sites: Sequence[str]) -> bytes:
+        """Compute, store and commit one block for `sites`; returns the record's JSON.
+
+        Raises:
+            NonFiniteActivation: names site, sequence and position.
+            StoreError: the store refused; nothing of the block is visible.
+        """
+        plan = plan_block(self.tokens, self.job.identity, split, block)
+        codes = {s: np.empty((plan.n_rows, self.d_in[s]), self.precision.dtype) for s in sites}
+        scales = {s: np.empty(plan.n_rows, np.float32) for s in sites}
+        parts: dict[str, list[Statistics]] = {s: [] for s in sites}
+        done = 0
+        with self._lm_lock:
+            for start, acts in self._forward(plan.input_ids_ST, sites):
+                chosen = plan.chosen_ST[start : start + self.job.lm_batch]
+                count = int(chosen.sum())
+                place_N = plan.place_N[done : done + count]
+                for site in sites:
+                    calibration = self.calibration(site)
+                    rows_ND = acts[site][chosen]
+                    try:
+                        codes_ND, scale_N = encode(rows_ND, calibration, self.precision)
+                    except NonFiniteActivation as err:
+                        raise NonFiniteActivation(_bad_row(err, site, plan, start, chosen, rows_ND)) from None
+                    codes[site][place_N] = codes_ND
+                    if scale_N is not None:
+                        scales[site][place_N] = scale_N
+                    stored_ND = decode(codes_ND, scale_N, calibration.offset_D, self.precision)
+                    if count:
+                        parts[site].append(Statistics.of(rows_ND, stored_ND, scale_N, calibration))
+                done += count
+        statistics = {site: merge(parts[site]) for site in sites}
+        return self._commit(plan, codes, scales, statistics)
+
+    def fidelity(self, site: str) -> dict[str, float]:
+        """CE of the LM on held-out sequences, clean and with the stored values spliced in at `site`."""
+        import torch
+
+        from .capture import splice
+        from .loss import next_token_loss
+
+        split = "validation" if self.tokens.n_sequences("validation") else "train"
+        n = min(FIDELITY_SEQUENCES, self.tokens.n_sequences(split))
+        input_ids_ST, length_S = self.tokens.sequences(split, 0, n)
+        kept_ST = kept_tokens(input_ids_ST, length_S, self.tokens.identity["special_token_ids"])
+        calibration = self.calibration(site)
+        totals = np.zeros(3)
+        for i in range(0, n, self.job.lm_batch):
+            part = slice(i, i + self.job.lm_batch)
+            input_ids_BT = torch.from_numpy(input_ids_ST[part].astype(np.int64)).to(self.job.device)
+            kept_BT, length_B = (
+                torch.from_numpy(kept_ST[part]),
+                torch.from_numpy(length_S[part].astype(np.int64)),
+            )
+
+            def stored(acts_BTD: torch.Tensor, kept_BT: torch.Tensor = kept_BT) -> torch.Tensor:
+                rows_ND = acts_BTD[kept_BT].float().cpu().numpy()
+                codes_ND, scale_N = encode(rows_ND, calibration, self.precision)
+                decoded_ND = decode(codes_ND, scale_N, calibration.offset_D, self.precision)
+                out_BTD = acts_BTD.clone()
+                out_BTD[kept_BT] = torch.from_numpy(decoded_ND).to(acts_BTD)
+                return out_BTD
+
+            with self._lm_lock, torch.inference_mode():
+                clean, count = next_token_loss(self.lm.model, input_ids_BT, kept_BT, length_B)
+                with splice(self.lm.model, {site: stored}):
+                    spliced, _ = next_token_loss(self.lm.model, input_ids_BT, kept_BT, length_B)
+            totals += (clean, spliced, count)
+        clean_ce, stored_ce = totals[:2] / totals[2]
+        return {
+            "ce_clean": float(clean_ce),
+            "ce_stored": float(stored_ce),
+            "ce_change": float(stored_ce - clean_ce),
+            "n_tokens": float(totals[2]),
+        }
+
+    def calibration(self, site: str) -> Calibration:
+        """The committed calibration of a site."""
+        if site not in self._calibrations:
+            key = calibration_key(site)
+            self._calibrations[site] = parse_calibration(self.store.read(key), f"{self.store.url}/{key}")
+        return self._calibrations[site]
+
+    def _forward(self, input_ids_ST: np.ndarray, sites: Sequence[str]) -> Any:
+        """Yield (first sequence, {site: float32 [B, T, D] numpy}) of each LM batch."""
+        import torch
+
+        from .capture import run_capture
+
+        for start in range(0, len(input_ids_ST), self.job.lm_batch):
+            batch = input_ids_ST[start : start + self.job.lm_batch].astype(np.int64)
+            with torch.inference_mode():
+                acts = run_capture(self.lm.model, torch.from_numpy(batch).to(self.job.device), list(sites))
+                yield start, {site: acts[site].float().cpu().numpy() for site in sites}
+
+    def _commit(
+        self,
+        plan: BlockPlan,
+        codes: Mapping[str, np.ndarray],
+        scales: Mapping[str, np.ndarray],
+        statistics: dict[str, Statistics],
+    ) -> bytes:
+        layout = array_layout(self.job.identity, {site: self.d_in[site] for site in codes})
+        objects: list[ObjectRecord] = []
+
+        def write(path: str, shard: int, values: np.ndarray) -> np.ndarray:
+            record, stored = self._write_shard(f"{plan.split}/{path}", shard, values, layout[path])
+            objects.append(record)
+            return stored
+
+        for site, codes_ND in codes.items():
+            if self.precision.quantised:
+                stored = write(f"{site}/scale", plan.block, scales[site])
+                if not np.array_equal(stored, scales[site]):
+                    raise Conflict(
+                        f"{self.store.url}: the scales of block {plan.block} of {plan.split} at {site} were stored "
+                        "by a run whose rounding differs. Delete that block's shards (`actcache verify` names them)"
+                    )
+            stored = write(f"{site}/codes", plan.block, codes_ND)
+            if stored is not codes_ND:
+                statistics[site] = self._statistics_of_stored(site, stored, scales[site], statistics[site])
+        sequence_N, position_N = np.nonzero(plan.chosen_ST)
+        token_N = plan.input_ids_ST[plan.chosen_ST]
+        for name, natural in (
+            ("token_id", token_N),
+            ("sequence", sequence_N + plan.first_sequence),
+            ("position", position_N),
+        ):
+            values = np.empty(plan.n_rows, layout[name]["dtype"])
+            values[plan.place_N] = natural
+            write(name, plan.block, values)
+        for shard, input_ids_ST, length_S in self._sequence_shards(plan):
+            write("input_ids", shard, input_ids_ST.astype(layout["input_ids"]["dtype"]))
+            write("length", shard, length_S.astype(np.uint32))
+        record = BlockRecord(
+            plan.split, plan.block, plan.n_rows, plan.last_sequence, tuple(objects), statistics
+        )
+        try:
+            self.store.create(record.key, record.to_json())
+        except Conflict:
+            return self.store.read(record.key)  # another harvester committed the block: its record holds
+        return record.to_json()
+
+    def _sequence_shards(self, plan: BlockPlan) -> Any:
+        """The `input_ids` shards that this block writes: those whose first sequence has its first row here."""
+        per_shard = sequences_per_shard(self.job.identity)
+        row_start = self.tokens.row_start(plan.split)
+        begin = plan.block * self.job.identity["block_rows"]
+        for shard in range(plan.first_sequence // per_shard, -(-plan.last_sequence // per_shard)):
+            first = shard * per_shard
+            if begin <= row_start[first] < begin + plan.n_rows:
+                last = min(first + per_shard, self.tokens.n_sequences(plan.split))
+                yield shard, *self.tokens.sequences(plan.split, first, last)
+
+    def _write_shard(
+        self, path: str, shard: int, values: np.ndarray, array: Mapping[str, Any]
+    ) -> tuple[ObjectRecord, np.ndarray]:
+        """Create a shard, or adopt a valid one that is there. Returns its record and what is stored."""
+        fill = np.nan if array["fill"] == "NaN" else array["fill"]
+        data, chunks = encode_shard(values, array["chunk_rows"], array["shard_rows"], fill)
+        key = shard_key(path, shard, values.ndim)
+        try:
+            self.store.create(key, data)
+        except Conflict:
+            data = self.store.read(key)
+            chunk_shape = (array["chunk_rows"], *values.shape[1:])
+            where = f"{self.store.url}/{key}"
+            values = decode_shard(data, len(values), chunk_shape, array["shard_rows"], values.dtype, where)
+            n_chunks = array["shard_rows"] // array["chunk_rows"]
+            chunks = parse_index(data[-index_size(n_chunks) :], n_chunks, where)
+        constant = None
+        if path.endswith("/scale") and (values == values[0]).all():
+            constant = float(values[0])
+        offsets, sizes = zip(*chunks, strict=True)
+        return ObjectRecord(path, shard, len(data), crc32c(data), offsets, sizes, constant), values
+
+    def _statistics_of_stored(
+        self, site: str, codes_ND: np.ndarray, scale_N: np.ndarray, ours: Statistics
+    ) -> Statistics:
+        """Statistics of adopted codes; the error against the LM's output is this run's."""
+        calibration = self.calibration(site)
+        stored_ND = decode(codes_ND, scale_N, calibration.offset_D, self.precision)
+        scale = scale_N if self.precision.quantised else None
+        theirs = Statistics.of(stored_ND, stored_ND, scale, calibration)
+        return replace(theirs, sse=ours.sse, core_sse=ours.core_sse, max_error=ours.max_error)
+
+
+def _bad_row(
+    err: NonFiniteActivation, site: str, plan: BlockPlan, start: int, chosen: np.ndarray, rows_ND: np.ndarray
+) -> str:
+    """The error again, with the sequence and position of the bad row in place of its number."""
+    row = int(np.flatnonzero(~np.isfinite(rows_ND).all(axis=1))[0]) if not np.isfinite(rows_ND).all() else 0
+    sequence, position = (int(x[row]) for x in np.nonzero(chosen))
+    place = f"{plan.split} sequence {plan.first_sequence + start + sequence}, position {position}"
+    return f"{site}, {place}: {err}"

@@ -1,0 +1,435 @@
+"""Records, segments and manifests: what is committed, with sizes, chunk offsets and checksums.
+
+A *record* (JSON) commits one block for a set of sites. *Segments* (parquet) are compacted records.
+A *manifest version* (JSON with its own digest) lists segments and is what readers pin. All are
+created, never changed. Specified in docs/format.md, "Manifest".
+"""
+
+import base64
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .codec import Statistics
+from .errors import Conflict, CorruptObject, FormatError, NotADataset
+from .spec import FORMAT, digest
+from .store import Store
+
+SPLITS = ("train", "validation", "test")
+
+_MAX_CHUNKS = 1 << 20
+_MAX_WIDTH = 1 << 24
+
+
+@dataclass(frozen=True)
+class ObjectRecord:
+    """One stored shard: its array and number give its key; the chunk table gives its inside."""
+
+    path: str
+    """Path of the array in the dataset, e.g. `train/blocks.3.hook_resid_post/codes`."""
+    shard: int
+    size_bytes: int
+    crc32c: int
+    """Of the whole object."""
+    chunk_offset: tuple[int, ...]
+    chunk_nbytes: tuple[int, ...]
+    """0 where the chunk is absent (past the last row of a short block)."""
+    constant: float | None = None
+    """The value of every element, where they are all equal (the usual scale): no need to read it."""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockRecord:
+    """One committed block of one split, for a set of sites."""
+
+    split: str
+    block: int
+    n_rows: int
+    n_sequences: int
+    """Sequences of the split needed for this block and all before it."""
+    objects: tuple[ObjectRecord, ...]
+    statistics: Mapping[str, Statistics]
+    """By site."""
+
+    @property
+    def key(self) -> str:
+        """Where the record is stored."""
+        return record_key(self.split, self.block, self.statistics)
+
+    def to_json(self) -> bytes:
+        """Canonical bytes: the same block on the same machine gives the same record."""
+        value = {
+            "format": FORMAT,
+            "split": self.split,
+            "block": self.block,
+            "n_rows": self.n_rows,
+            "n_sequences": self.n_sequences,
+            "objects": [asdict(o) for o in self.objects],
+            "statistics": {site: _statistics_json(s) for site, s in sorted(self.statistics.items())},
+        }
+        return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, key: str) -> "BlockRecord":
+        """Parse a record.
+
+        Raises:
+            FormatError: not a record of a known format.
+        """
+        try:
+            value = json.loads(data)
+            check_format(value, key)
+            return cls(
+                split=value["split"],
+                block=int(value["block"]),
+                n_rows=int(value["n_rows"]),
+                n_sequences=int(value["n_sequences"]),
+                objects=tuple(
+                    ObjectRecord(
+                        **{
+                            **o,
+                            "chunk_offset": tuple(o["chunk_offset"]),
+                            "chunk_nbytes": tuple(o["chunk_nbytes"]),
+                        }
+                    )
+                    for o in value["objects"]
+                ),
+                statistics={site: _statistics_from(s) for site, s in value["statistics"].items()},
+            )
+        except (KeyError, TypeError, ValueError) as err:
+            raise FormatError(f"{key} is not a block record ({type(err).__name__}: {err})") from err
+
+
+def record_key(split: str, block: int, sites: Iterable[str]) -> str:
+    """`_records/<split>/<block>-<digest of the sorted sites>.json`."""
+    return f"_records/{split}/{block:08d}-{digest(sorted(sites))[:12]}.json"
+
+
+def read_records(store: Store, known: Iterable[str] = ()) -> list[BlockRecord]:
+    """Every record in the store whose key is not among `known`."""
+    skip = set(known)
+    return [
+        BlockRecord.from_json(store.read(o.key), o.key)
+        for o in store.listing("_records")
+        if o.key.endswith(".json") and o.key not in skip
+    ]
+
+
+# Segments
+
+_OBJECTS = pa.schema(
+    [
+        ("split", pa.string()),
+        ("block", pa.int64()),
+        ("sites", pa.string()),
+        ("path", pa.string()),
+        ("shard", pa.int64()),
+        ("size_bytes", pa.int64()),
+        ("crc32c", pa.uint32()),
+        ("chunk_offset", pa.list_(pa.int64())),
+        ("chunk_nbytes", pa.list_(pa.int64())),
+        ("constant", pa.float64()),
+    ]
+)
+_STATISTICS = pa.schema(
+    [("split", pa.string()), ("block", pa.int64()), ("site", pa.string()), ("sites", pa.string())]
+    + [("block_rows", pa.int64()), ("n_sequences", pa.int64())]
+    + [
+        (f.name, pa.binary() if f.name.endswith("_D") else pa.int64() if f.type is int else pa.float64())
+        for f in fields(Statistics)
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The keys and digests of a segment's two parquet files."""
+
+    objects: str
+    statistics: str
+    objects_sha256: str
+    statistics_sha256: str
+    n_records: int
+
+
+def write_segment(store: Store, records: Sequence[BlockRecord]) -> Segment:
+    """Compact records into two immutable parquet files, named by their content."""
+    objects, statistics = [], []
+    for r in records:
+        sites = ",".join(sorted(r.statistics))
+        objects += [{"split": r.split, "block": r.block, "sites": sites, **asdict(o)} for o in r.objects]
+        for site, s in sorted(r.statistics.items()):
+            row = {"split": r.split, "block": r.block, "site": site, "sites": sites}
+            row |= {"block_rows": r.n_rows, "n_sequences": r.n_sequences}
+            for f in fields(s):
+                value = getattr(s, f.name)
+                row[f.name] = value.astype("<f8").tobytes() if f.name.endswith("_D") else value
+            statistics.append(row)
+    keys, digests = [], []
+    for kind, rows, schema in (("objects", objects, _OBJECTS), ("statistics", statistics, _STATISTICS)):
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
+        data = sink.getvalue()
+        digests.append(hashlib.sha256(data).hexdigest())
+        keys.append(f"_segments/{digests[-1][:16]}-{kind}.parquet")
+        store.create(keys[-1], data)
+    return Segment(keys[0], keys[1], digests[0], digests[1], len(records))
+
+
+def read_segment_table(store: Store, key: str, sha256: str) -> pa.Table:
+    """One parquet file of a segment, digest verified."""
+    if not re.fullmatch(r"_segments/[0-9a-f]{16}-(objects|statistics)\.parquet", key):
+        raise FormatError(f"{store.url}: segment key {key!r} is not one that this format writes")
+    data = _read_committed(store, key)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise CorruptObject(f"{store.url}/{key} does not match its sha256; restore it or harvest again")
+    try:
+        return pq.read_table(io.BytesIO(data))
+    except pa.ArrowException as err:
+        raise FormatError(f"{store.url}/{key} is not a parquet file of this format: {err}") from err
+
+
+@dataclass(frozen=True, eq=False)
+class ShardTable:
+    """Where every chunk of one array lies, as numpy arrays over its shards."""
+
+    path: str
+    size_bytes: np.ndarray
+    """int64 [shards]."""
+    crc32c: np.ndarray
+    """uint32 [shards], of whole objects."""
+    chunk_offset: np.ndarray
+    """int64 [shards, chunks per shard]."""
+    chunk_nbytes: np.ndarray
+    constant: np.ndarray
+    """float64 [shards], NaN where the shard is not constant."""
+
+
+def shard_tables(objects: pa.Table, split: str, n_shards: Mapping[str, int]) -> dict[str, ShardTable]:
+    """The chunk tables of the arrays in `n_shards` (path -> committed shards), from a segment table.
+
+    Raises:
+        FormatError: a shard is missing, or a chunk table is not of one length or absurd.
+    """
+    split_rows = objects.filter(pa.compute.equal(objects["split"], split))
+    tables = {}
+    for path, n in n_shards.items():
+        rows = split_rows.filter(pa.compute.equal(split_rows["path"], path)).combine_chunks()
+        shards, first = np.unique(rows["shard"].to_numpy(), return_index=True)
+        if len(shards) < n or not np.array_equal(shards[:n], np.arange(n)):
+            raise FormatError(
+                f"the manifest lists {len(shards)} shards of {path}; {n} are committed. Harvest again"
+            )
+        taken = rows.take(pa.array(first[:n]))
+        widths = pa.compute.list_value_length(taken["chunk_offset"]).to_numpy()
+        width = int(widths[0]) if n else 0
+        if n and (width > _MAX_CHUNKS or width < 1 or (widths != width).any()):
+            raise FormatError(
+                f"the chunk tables of {path} have {widths.min()}..{widths.max()} entries; wanted one length"
+            )
+        offset = pa.compute.list_flatten(taken["chunk_offset"]).to_numpy().reshape(n, width)
+        nbytes = pa.compute.list_flatten(taken["chunk_nbytes"]).to_numpy().reshape(n, width)
+        size = taken["size_bytes"].to_numpy()
+        if n and ((offset < 0).any() or (nbytes < 0).any() or ((offset + nbytes) > size[:, None]).any()):
+            raise FormatError(
+                f"a chunk of {path} lies outside its object; the manifest is damaged or hostile"
+            )
+        tables[path] = ShardTable(
+            path=path,
+            size_bytes=size,
+            crc32c=taken["crc32c"].to_numpy(),
+            chunk_offset=offset,
+            chunk_nbytes=nbytes,
+            constant=taken["constant"].to_numpy(zero_copy_only=False).astype(np.float64),
+        )
+    return tables
+
+
+def statistics_of(table: pa.Table, split: str, site: str, n_blocks: int) -> list[Statistics]:
+    """The statistics of a site's first `n_blocks` blocks, in block order, from a segment table."""
+    chosen = pa.compute.and_(
+        pa.compute.and_(pa.compute.equal(table["split"], split), pa.compute.equal(table["site"], site)),
+        pa.compute.less(table["block"], n_blocks),
+    )
+    by_block = {row["block"]: row for row in table.filter(chosen).to_pylist()}
+    return [_statistics_row(row) for _, row in sorted(by_block.items())]
+
+
+def _statistics_row(row: Mapping[str, Any]) -> Statistics:
+    values: dict[str, Any] = {
+        f.name: np.frombuffer(row[f.name], "<f8") if f.name.endswith("_D") else row[f.name]
+        for f in fields(Statistics)
+    }
+    return Statistics(**values)
+
+
+# Manifest versions
+
+
+@dataclass(frozen=True)
+class SiteExtent:
+    """What a manifest says of one site: its width and how many blocks of each split are committed."""
+
+    d_in: int
+    n_blocks: Mapping[str, int]
+    """By split: blocks 0..n-1 are all committed."""
+    calibration_sha256: str
+    """Of `_calibration/<site>.json`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """One committed version of a dataset. See docs/format.md for each field."""
+
+    version: int
+    id: str
+    """sha256 of the identity's canonical JSON."""
+    identity: dict[str, Any]
+    source: str
+    """The corpus as the person named it (shown, not hashed); no credentials."""
+    splits: dict[str, dict[str, int]]
+    """By split: n_blocks, n_rows, n_sequences of the committed prefix."""
+    sites: dict[str, SiteExtent]
+    segments: tuple[Segment, ...]
+    wanted: dict[str, Any]
+    """The extent last asked for: sites, n_tokens, validation_blocks, test_blocks."""
+    complete: bool
+    """Whether everything wanted is committed."""
+    fidelity: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By site: measured effect of storing (CE of the LM with stored values spliced in)."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Versions, kernel, LM batch, workers and rate of the run that wrote this version."""
+
+    @property
+    def key(self) -> str:
+        """Where the version is stored."""
+        return manifest_key(self.version)
+
+    def to_json(self) -> bytes:
+        value = {"format": FORMAT, **asdict(self)}
+        value["digest"] = digest(value)
+        return json.dumps(value, sort_keys=True, indent=1).encode()
+
+
+def manifest_key(version: int) -> str:
+    """`_manifest/00000001.json`, counted from 1."""
+    return f"_manifest/{version:08d}.json"
+
+
+def latest_version(store: Store) -> int:
+    """The newest manifest version, 0 if there is none."""
+    versions = [
+        int(m[1])
+        for o in store.listing("_manifest")
+        if (m := re.fullmatch(r"_manifest/(\d{8})\.json", o.key))
+    ]
+    return max(versions, default=0)
+
+
+def read_manifest(store: Store, version: int | None = None) -> Manifest:
+    """A manifest version (the newest by default), digest verified.
+
+    Raises:
+        NotADataset: there is none.
+        FormatError: a format this version does not know, wrong types, absurd sizes.
+        CorruptObject: the digest does not match.
+    """
+    version = latest_version(store) if version is None else version
+    if version < 1:
+        raise NotADataset(
+            f"no committed actcache dataset at {store.url}; check the URL (`actcache ls` lists a prefix), or harvest it"
+        )
+    key = manifest_key(version)
+    return parse_manifest(_read_committed(store, key), f"{store.url}/{key}")
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """Check and parse the bytes of a manifest; nothing in it is trusted before its shape is checked."""
+    try:
+        value = json.loads(data)
+    except ValueError as err:
+        raise FormatError(f"{where} is not JSON ({err}); the manifest is damaged") from err
+    check_format(value, where)
+    stated = value.pop("digest", None)
+    if stated != digest(value):
+        raise CorruptObject(f"{where} does not match its digest; restore it, or pin an older version")
+    value.pop("format")
+    try:
+        value["sites"] = {_checked_site(s): SiteExtent(**e) for s, e in value["sites"].items()}
+        value["segments"] = tuple(Segment(**s) for s in value["segments"])
+        manifest = Manifest(**value)
+        _check_sizes(manifest)
+    except (TypeError, KeyError, ValueError, AttributeError) as err:
+        raise FormatError(f"{where} is not a manifest of format {FORMAT}: {err}") from err
+    return manifest
+
+
+def commit_manifest(store: Store, manifest: Manifest) -> bool:
+    """Create this version; False when another driver has created that version first."""
+    try:
+        store.create(manifest.key, manifest.to_json())
+    except Conflict:
+        return False
+    return True
+
+
+def check_format(value: Any, where: str) -> None:
+    """Refuse what is not an object of a format this version reads."""
+    found = value.get("format") if isinstance(value, dict) else None
+    if not isinstance(found, int):
+        raise FormatError(f"{where} states no format version; it is not an actcache object")
+    if not 1 <= found <= FORMAT:
+        raise FormatError(f"{where} holds format {found}; this reader knows 1-{FORMAT}. Upgrade actcache")
+
+
+def _checked_site(site: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.:\-]+", site) or set(site) <= {"."} or site.startswith("__"):
+        raise ValueError(f"site name {site!r}")
+    return site
+
+
+def _check_sizes(manifest: Manifest) -> None:
+    """The sizes that a reader allocates by must be sane before it does."""
+    block_rows, chunk_rows = manifest.identity["block_rows"], manifest.identity["chunk_rows"]
+    if not (0 < chunk_rows <= block_rows <= 2**31 and block_rows % chunk_rows == 0):
+        raise ValueError(f"block_rows {block_rows} and chunk_rows {chunk_rows}")
+    for site, extent in manifest.sites.items():
+        if not (isinstance(extent.d_in, int) and 0 < extent.d_in <= _MAX_WIDTH):
+            raise ValueError(f"d_in {extent.d_in!r} of {site}")
+        if any(split not in SPLITS for split in extent.n_blocks):
+            raise ValueError(f"splits {sorted(extent.n_blocks)} of {site}")
+    for split, size in manifest.splits.items():
+        if split not in SPLITS or not 0 <= size["n_rows"] <= size["n_blocks"] * block_rows:
+            raise ValueError(f"size {size} of split {split!r}")
+
+
+def _read_committed(store: Store, key: str) -> bytes:
+    try:
+        return store.read(key)
+    except FileNotFoundError:
+        raise CorruptObject(
+            f"{store.url}/{key} is missing although it was committed; restore it or harvest again"
+        ) from None
+
+
+def _statistics_json(statistics: Statistics) -> dict[str, Any]:
+    return {
+        f.name: base64.b64encode(value.astype("<f8").tobytes()).decode()
+        if isinstance(value, np.ndarray)
+        else value
+        for f in fields(statistics)
+        for value in [getattr(statistics, f.name)]
+    }
+
+
+def _statistics_from(value: Mapping[str, Any]) -> Statistics:
+    arrays = {k: np.frombuffer(base64.b64decode(v), "<f8") for k, v in value.items() if k.endswith("_D")}
+    return Statistics(**{**value, **arrays})

@@ -1,0 +1,125 @@
+"""Files that are whole or absent: atomic writes, safetensors with a JSON header, run checkpoints.
+
+A checkpoint is one file, `checkpoint.safetensors`: the tensors of every SAE of the run (weights,
+Adam moments, dead counters, generator) and, in its header, the JSON state (rows seen, reader
+state, thresholds). Being one file replaced by rename, it is always some complete moment of the
+run, whatever is killed when. Never pickle, never `torch.load`.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from actcache.errors import CorruptObject, FormatError, StoreError
+
+FORMAT = 1
+CHECKPOINT_FILE = "checkpoint.safetensors"
+_STATE_KEY = "actcache.sae.state"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path`: temporary file in the same directory, fsync, rename, fsync of the directory.
+
+    Raises:
+        StoreError: the disk refused (full, read-only); what was at `path` is untouched.
+    """
+    with _replacing(path) as file:
+        file.write(data)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> None:
+    """A safetensors file, written as `write_atomically` does, with `state` as JSON in its header."""
+    from safetensors.torch import save
+
+    metadata = None if state is None else {_STATE_KEY: json.dumps(state, allow_nan=False)}
+    write_atomically(path, save(dict(tensors), metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors and the JSON state of a file written by `write_tensors`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CorruptObject: it is torn or no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; copy the whole directory, or write it again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            header = file.metadata() or {}
+        return tensors, json.loads(header[_STATE_KEY]) if _STATE_KEY in header else None
+    except (SafetensorError, ValueError) as error:
+        raise CorruptObject(
+            f"{path} is not a whole safetensors file ({error}); copy or write it again"
+        ) from error
+
+
+def save_checkpoint(directory: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Replace the run's checkpoint; the one before stays until this one is on the disk."""
+    write_tensors(directory / CHECKPOINT_FILE, tensors, {"format": FORMAT, **state})
+
+
+def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The run's last checkpoint, or None.
+
+    Raises:
+        FormatError: a newer version wrote it.
+        CorruptObject: it is damaged.
+    """
+    path = directory / CHECKPOINT_FILE
+    if not path.exists():
+        return None
+    tensors, state = read_tensors(path)
+    if state is None or state.get("format") != FORMAT:
+        found = "no state" if state is None else f"format {state.get('format')}"
+        raise FormatError(
+            f"{path} holds {found}; this version reads format {FORMAT}. Train into a new directory."
+        )
+    return tensors, state
+
+
+def remove_checkpoint(directory: Path) -> None:
+    (directory / CHECKPOINT_FILE).unlink(missing_ok=True)
+
+
+def differences(found: Any, wanted: Any, where: str = "") -> list[str]:
+    """Where two JSON values differ, as `field: found -> wanted`."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        names = list(found) + [name for name in wanted if name not in found]
+        return [
+            line
+            for name in names
+            for line in differences(found.get(name), wanted.get(name), f"{where}.{name}".lstrip("."))
+        ]
+    return [] if found == wanted else [f"{where}: {found} -> {wanted}"]
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    temporary = path.with_name(f".{path.name}.partial")  # a fixed name: a killed write leaves one, not many
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise StoreError(
+            f"{path} could not be written: {error.strerror or error}. What was there before is intact; "
+            "free space or choose another directory, and run again."
+        ) from error

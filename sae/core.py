@@ -1,0 +1,208 @@
+"""A trained SAE: encode, decode, and the directory it lives in.
+
+Owns the native directory, `sae.json` (settings and provenance) + `weights.safetensors`. Trains
+nothing, and knows no foreign format but by asking `sae.export`. The input scale of training is
+folded into the weights, so everything here is in the units of the raw activations: a latent's
+value is the length it adds along its unit-norm decoder row.
+
+Shapes: N rows (any leading dimensions), D = d_in, F = d_sae.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from actcache.errors import CorruptObject, FormatError, SpecError
+
+from .checkpoint import read_tensors, write_atomically, write_tensors
+
+FORMAT = 1
+"""Version of the native directory."""
+
+ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "standard")
+"""What this module can run. The last two are inference only, for SAEs loaded from elsewhere."""
+
+SETTINGS_FILE, WEIGHTS_FILE = "sae.json", "weights.safetensors"
+
+
+class SAE(nn.Module):
+    """`encode` gives latents, `decode` a reconstruction, calling it does both.
+
+    Args:
+        cfg: at least `architecture`, `d_in`, `d_sae`, and `k` for topk; `site`, `dataset` and
+            what else is known of its making are kept as they are.
+        W_enc: [D, F]
+        b_enc: [F]
+        W_dec: [F, D]
+        b_dec: [D]; subtracted from the input and added to the output.
+        threshold: [F] or a scalar; batchtopk is active at or above it, jumprelu above it.
+        path: the directory it was loaded from or saved to.
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    threshold: Tensor | None
+
+    def __init__(
+        self,
+        cfg: Mapping[str, Any],
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        threshold: Tensor | None = None,
+        path: str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.cfg = dict(cfg)
+        self.path = None if path is None else Path(path)
+        _check(self.cfg, W_enc, b_enc, W_dec, b_dec, threshold)
+        for name, tensor in (("W_enc", W_enc), ("b_enc", b_enc), ("W_dec", W_dec), ("b_dec", b_dec)):
+            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+        self.register_buffer("threshold", threshold)
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_dec.dtype
+
+    def encode(self, acts_ND: Tensor | np.ndarray) -> Tensor:
+        """Latents [..., F], not negative, in the SAE's dtype."""
+        acts_ND = self._tensor(acts_ND, "d_in", "activations")
+        pre_NF = torch.relu((acts_ND - self.b_dec) @ self.W_enc + self.b_enc)
+        architecture = self.cfg["architecture"]
+        if architecture == "topk":
+            values, columns = torch.topk(pre_NF, int(self.cfg["k"]), dim=-1, sorted=False)
+            return torch.zeros_like(pre_NF).scatter_(-1, columns, values)
+        if architecture == "standard":
+            return pre_NF
+        assert self.threshold is not None, "checked when made"
+        active_NF = pre_NF >= self.threshold if architecture == "batchtopk" else pre_NF > self.threshold
+        return pre_NF * active_NF
+
+    def decode(self, latents_NF: Tensor | np.ndarray) -> Tensor:
+        """Reconstruction [..., D]."""
+        return self._tensor(latents_NF, "d_sae", "latents") @ self.W_dec + self.b_dec
+
+    def forward(self, acts_ND: Tensor | np.ndarray) -> Tensor:
+        return self.decode(self.encode(acts_ND))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the native directory; each file appears whole or not at all, the settings last."""
+        directory = Path(path)
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        write_tensors(directory / WEIGHTS_FILE, tensors)
+        settings = json.dumps({"format": FORMAT, **self.cfg}, indent=2, allow_nan=False) + "\n"
+        write_atomically(directory / SETTINGS_FILE, settings.encode())
+        self.path = directory
+
+    def extra_repr(self) -> str:
+        known = {name: self.cfg.get(name) for name in ("architecture", "d_in", "d_sae", "k", "site")}
+        return ", ".join(f"{name}={value}" for name, value in known.items() if value is not None)
+
+    def _tensor(self, values: Tensor | np.ndarray, width_name: str, what: str) -> Tensor:
+        tensor = values if isinstance(values, Tensor) else torch.tensor(values)
+        wanted = self.cfg[width_name]
+        if tensor.shape[-1:] != (wanted,):
+            raise ValueError(
+                f"{what} have shape {tuple(tensor.shape)}; this SAE has {width_name} {wanted} "
+                f"(site {self.cfg.get('site')}). Give [..., {wanted}]."
+            )
+        return tensor.to(self.device, self.dtype)
+
+
+def load(path: str | os.PathLike[str]) -> SAE:
+    """The SAE in a directory: ours, or SAELens' (topk, jumprelu, standard). Executes nothing it reads.
+
+    Raises:
+        FileNotFoundError: the directory holds no SAE; the message lists those one level below.
+        FormatError: it was written by a newer version, or is of a kind that is not known here.
+        CorruptObject: a file is damaged.
+    """
+    directory = Path(path)
+    if (directory / SETTINGS_FILE).exists():
+        return _load_native(directory)
+    if (directory / "cfg.json").exists():
+        from .export import load_saelens
+
+        return load_saelens(directory)
+    below = sorted(p.parent.name for p in directory.glob(f"*/{SETTINGS_FILE}"))
+    hint = (
+        f"it holds runs: {', '.join(below)}. Name one." if below else "Give a directory written by sae.train."
+    )
+    raise FileNotFoundError(f"{directory} has neither {SETTINGS_FILE} nor a SAELens cfg.json; {hint}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CorruptObject: it is not one.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise CorruptObject(f"{path} is not JSON ({error}); it was damaged. Write it again.") from error
+    if not isinstance(value, dict):
+        raise CorruptObject(f"{path} holds a {type(value).__name__}, not an object. Write it again.")
+    return value
+
+
+def _load_native(directory: Path) -> SAE:
+    cfg = read_json(directory / SETTINGS_FILE)
+    found = cfg.pop("format", None)
+    if found != FORMAT:
+        raise FormatError(
+            f"{directory} holds SAE format {found}; this version reads {FORMAT}. Upgrade actcache."
+        )
+    tensors, _ = read_tensors(directory / WEIGHTS_FILE)
+    missing = {"W_enc", "b_enc", "W_dec", "b_dec"} - tensors.keys()
+    if missing:
+        raise CorruptObject(
+            f"{directory / WEIGHTS_FILE} lacks {', '.join(sorted(missing))}. Train or copy it again."
+        )
+    known = {name: tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    return SAE(cfg, **known, threshold=tensors.get("threshold"), path=directory)
+
+
+def _check(
+    cfg: dict[str, Any], W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, threshold: Tensor | None
+) -> None:
+    missing = [name for name in ("architecture", "d_in", "d_sae") if name not in cfg]
+    if missing:
+        raise SpecError(f"the SAE's settings lack {', '.join(missing)}")
+    architecture, d, f = cfg["architecture"], cfg["d_in"], cfg["d_sae"]
+    if architecture not in ARCHITECTURES:
+        raise FormatError(
+            f"architecture {architecture!r} is not known; this version runs {', '.join(ARCHITECTURES)}"
+        )
+    if architecture == "topk" and not 1 <= int(cfg.get("k") or 0) <= f:
+        raise SpecError(f"a topk SAE has k {cfg.get('k')}; it must be between 1 and d_sae = {f}")
+    if architecture in ("batchtopk", "jumprelu") and threshold is None:
+        raise CorruptObject(
+            f"a {architecture} SAE needs a threshold; its weights hold none. Copy them again."
+        )
+    shapes = {
+        "W_enc": (W_enc, (d, f)),
+        "b_enc": (b_enc, (f,)),
+        "W_dec": (W_dec, (f, d)),
+        "b_dec": (b_dec, (d,)),
+    }
+    for name, (tensor, wanted) in shapes.items():
+        if tuple(tensor.shape) != wanted:
+            raise CorruptObject(
+                f"{name} has shape {tuple(tensor.shape)}, but d_in {d} and d_sae {f} want {wanted}; "
+                "settings and weights belong to different SAEs"
+            )

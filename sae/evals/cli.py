@@ -1,0 +1,140 @@
+"""`python -m sae eval`: evaluate trained SAEs from the command line.
+
+Owns the options and what is printed; `find_saes` is also how `report` reads a run directory.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from actcache.errors import SpecError
+
+_COLUMNS = (  # heading, figure, format
+    ("L0", "l0", "{:.1f}"),
+    ("FVU", "fvu", "{:.4f}"),
+    ("dead", "dead_latents", "{:,}"),
+    ("CE clean", "ce_clean", "{:.4f}"),
+    ("CE spliced", "ce_spliced", "{:.4f}"),
+    ("CE recovered, zero", "ce_recovered_zero", "{:.4f}"),
+    ("CE recovered, mean", "ce_recovered_mean", "{:.4f}"),
+)
+
+
+def find_saes(path: Path) -> list[Path]:
+    """Directories of finished SAEs: `path` itself, or those directly below it, by name.
+
+    Raises:
+        SpecError: there is none.
+    """
+    names = ("sae.json", "cfg.json")
+    if any((path / name).exists() for name in names):
+        return [path]
+    found = sorted(p for p in path.glob("*/") if any((p / name).exists() for name in names))
+    if not found:
+        raise SpecError(
+            f"{path} holds no finished SAE (no sae.json in it nor one level below). "
+            "Give the --out directory of `python -m sae train`, or one SAE inside it."
+        )
+    return found
+
+
+def dataset_url(cfgs: Sequence[dict[str, Any]], given: str | None) -> str:
+    """The dataset asked for, or the one that all these SAEs were trained on.
+
+    Raises:
+        SpecError: none was given and the SAEs name none, or several.
+    """
+    if given is not None:
+        return given
+    known = {(cfg.get("dataset") or {}).get("url") for cfg in cfgs}
+    urls = sorted(url for url in known if url)
+    if len(urls) != 1:
+        found = (
+            f"were trained on several datasets ({', '.join(urls)})" if urls else "do not say their dataset"
+        )
+        raise SpecError(f"these SAEs {found}. Give one with --data URL.")
+    return urls[0]
+
+
+@click.command("eval", short_help="Evaluate trained SAEs on held-out activations and in their LM.")
+@click.argument(
+    "paths", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
+@click.option("--data", "url", help="Dataset URL. Default: the one that the SAEs were trained on.")
+@click.option("--split", default="validation", show_default=True, help="Split of the dataset.")
+@click.option("--model", help="LM path or hub id. Default: the one that was harvested.")
+@click.option("--no-model", is_flag=True, help="Only the metrics that need no LM: from the shards alone.")
+@click.option(
+    "--sequences",
+    "n_sequences",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Sequences run through the LM, from the first of the split.",
+)
+@click.option(
+    "--rows", "n_rows", type=click.IntRange(1), help="Rows the SAEs see, from the first. Default: all."
+)
+@click.option("--force", is_flag=True, help="Evaluate again even where the same result is stored.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as a JSON list on standard output.")
+def eval_command(
+    paths: tuple[Path, ...],
+    url: str | None,
+    split: str,
+    model: str | None,
+    no_model: bool,
+    n_sequences: int,
+    n_rows: int | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Evaluate the SAEs in PATHS: SAE directories, or run directories that hold them.
+
+    Writes eval.json and latents.parquet beside each SAE and prints a table. A result of the same
+    SAE, data and settings is reused. Losses are in nats per token.
+
+    \b
+    Examples:
+      python -m sae eval runs/x
+      python -m sae eval runs/x/topk-6144-32 --no-model --rows 65536
+      python -m sae eval runs/x --data s3://bucket/prefix/NAME --json
+    """
+    import actcache
+    import sae
+    from sae.evals.evaluation import evaluate_many
+
+    if model is not None and no_model:
+        raise SpecError("--model and --no-model contradict each other; give one of them.")
+    directories = [directory for path in paths for directory in find_saes(path)]
+    saes = [sae.load(directory) for directory in directories]
+    ds = actcache.open(dataset_url([s.cfg for s in saes], url))
+    lm = None if no_model else model or ds.spec.model
+    results = evaluate_many(saes, ds, lm, split, n_sequences=n_sequences, n_rows=n_rows, reuse=not force)
+    if as_json:
+        click.echo(json.dumps(results, indent=2))
+    else:
+        _print_table(directories, results)
+
+
+def _print_table(directories: Sequence[Path], results: Sequence[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("SAE", overflow="fold", min_width=18)
+    columns = [column for column in _COLUMNS if any(result.get(column[1]) is not None for result in results)]
+    for heading, _, _ in columns:
+        table.add_column(heading, justify="right", min_width=6)
+    for directory, result in zip(directories, results, strict=True):
+        values = ["" if result.get(name) is None else form.format(result[name]) for _, name, form in columns]
+        table.add_row(directory.name, *values)
+    console = Console(highlight=False)
+    console.print(table, width=None if console.is_terminal else 120)
+    first = results[0]
+    click.echo(
+        f"{first['split']} split: {first['n_rows']:,} rows"
+        + (f", {first['n_sequences']:,} sequences through {first['model']['id']}" if first["model"] else "")
+    )

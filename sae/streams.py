@@ -1,0 +1,123 @@
+"""Streams from memory: activations in an array, batched and shuffled as a dataset's stream is.
+
+The trainer wants of a stream: iteration over batches (`batch[site]`, `len(batch)`), `sites`,
+`batch_size`, `n_rows` (per epoch), `stats(site)`, `state()`, and `restore(state)` to resume.
+
+Shapes: N rows, D = d_in.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+
+class ArrayBatch(Mapping[str, np.ndarray]):
+    """Rows of each site, aligned; `len` is the number of rows."""
+
+    def __init__(self, acts: dict[str, np.ndarray]) -> None:
+        self._acts = acts
+
+    def __getitem__(self, site: str) -> np.ndarray:
+        return self._acts[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._acts)
+
+    def __len__(self) -> int:
+        return len(next(iter(self._acts.values())))
+
+
+class ArrayStream:
+    """Batches of rows held in memory, each epoch in a new order that (seed, epoch) alone decides.
+
+    Args:
+        acts: [N, D], or a dict of site name to [N, D] with rows aligned.
+        batch_size: rows; the last batch of an epoch may be shorter.
+        seed: decides the order.
+        epochs: how many times each row is served; None for ever.
+        site: the name of the only site when `acts` is an array.
+    """
+
+    def __init__(
+        self,
+        acts: np.ndarray | Mapping[str, np.ndarray],
+        *,
+        batch_size: int = 4096,
+        seed: int = 0,
+        epochs: int | None = None,
+        site: str = "activations",
+    ) -> None:
+        self._acts = dict(acts) if isinstance(acts, Mapping) else {site: np.asarray(acts)}
+        shapes = {name: a.shape for name, a in self._acts.items()}
+        if not shapes or any(len(shape) != 2 for shape in shapes.values()):
+            raise ValueError(f"activations have shapes {shapes}; each site needs [rows, d_in]")
+        if len({shape[0] for shape in shapes.values()}) > 1:
+            raise ValueError(f"sites differ in rows: {shapes}; row i must be the same token at every site")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        self.sites = list(self._acts)
+        self.n_rows = next(iter(shapes.values()))[0]
+        if self.n_rows == 0:
+            raise ValueError("the activations have no rows")
+        self.batch_size, self.seed, self.epochs = batch_size, seed, epochs
+        self._epoch = self._row = 0
+        self._stats = cache(self._compute_stats)
+
+    def stats(self, site: str) -> dict[str, Any]:
+        """mean and variance float64 [D], mean_norm, max_abs, n_rows; computed at the first call."""
+        return self._stats(site)
+
+    def state(self) -> dict[str, Any]:
+        """Where the next batch starts; JSON-able."""
+        return {
+            "epoch": self._epoch,
+            "row": self._row,
+            "n_rows": self.n_rows,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken.
+
+        Raises:
+            ValueError: the state is of a stream with other rows, batch size or seed.
+        """
+        own = self.state()
+        wrong = [
+            f"{key} {state.get(key)} (here {own[key]})"
+            for key in ("n_rows", "batch_size", "seed")
+            if state.get(key) != own[key]
+        ]
+        if wrong:
+            raise ValueError(
+                f"the state is of another stream: {', '.join(wrong)}. Open the stream as before."
+            )
+        self._epoch, self._row = int(state["epoch"]), int(state["row"])
+
+    def __iter__(self) -> Iterator[ArrayBatch]:
+        while self.epochs is None or self._epoch < self.epochs:
+            order = np.random.default_rng((self.seed, self._epoch)).permutation(self.n_rows)
+            while self._row < self.n_rows:
+                rows = order[self._row : self._row + self.batch_size]
+                self._row += len(rows)
+                if self._row == self.n_rows:
+                    self._epoch, self._row = self._epoch + 1, 0
+                    yield self._batch(rows)
+                    break
+                yield self._batch(rows)
+
+    def _batch(self, rows: np.ndarray) -> ArrayBatch:
+        return ArrayBatch({name: a[rows] for name, a in self._acts.items()})
+
+    def _compute_stats(self, site: str) -> dict[str, Any]:
+        acts_ND = self._acts[site].astype(np.float64)
+        return {
+            "mean": acts_ND.mean(0),
+            "variance": acts_ND.var(0),
+            "mean_norm": float(np.linalg.norm(acts_ND, axis=1).mean()),
+            "max_abs": float(np.abs(acts_ND).max()),
+            "n_rows": self.n_rows,
+        }

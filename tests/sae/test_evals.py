@@ -1,0 +1,354 @@
+"""The figures of an evaluation equal their definitions, and planted SAEs score what they must."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from toy_dataset import ConstantSAE, IdentitySAE, RandomTopK, tiny_lm, toy_dataset
+
+from actcache.errors import NonFiniteActivation, SpecError
+from sae.evals import DEFINITIONS, digest, evaluate, evaluate_many
+from sae.evals.language_model import Losses, lm_metrics
+from sae.evals.latents import LatentStats, activations_around, read_parquet, sparse_codes
+from sae.evals.reconstruction import Reconstruction
+
+SITE = "blocks.0.hook_resid_post"
+D_MODEL = 24
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny_lm()
+
+
+@pytest.fixture(scope="module")
+def ds(lm):
+    return toy_dataset(lm)
+
+
+def random_latents(n_rows, d_sae, seed, density=0.2):
+    """Sparse latents with many equal values, one latent dead and one always on."""
+    rng = np.random.default_rng(seed)
+    latents = rng.integers(1, 6, (n_rows, d_sae)) * (rng.random((n_rows, d_sae)) < density)
+    latents[:, 0] = 0
+    latents[:, 1] = 1 + latents[:, 1]
+    return latents.astype(np.float32)
+
+
+def latent_stats(latents_NF, sequence_N, position_N, top_k=3):
+    stats = LatentStats(latents_NF.shape[1], top_k)
+    stats.update(sparse_codes(torch.from_numpy(latents_NF)), sequence_N, position_N)
+    return stats
+
+
+# --- reconstruction ---------------------------------------------------------------------------
+
+
+def test_fvu_and_its_kin_equal_their_definitions():
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(300, 7)) * 3 + 50).astype(np.float32)  # a mean far larger than the spread
+    y = (x + rng.normal(size=x.shape)).astype(np.float32)
+    acc = Reconstruction(7)
+    for part in np.array_split(np.arange(300), 7):
+        acc.update(torch.from_numpy(x[part]), torch.from_numpy(y[part]))
+    m = acc.metrics()
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    error = ((x - y) ** 2).sum()
+    norms = np.linalg.norm(x, axis=1), np.linalg.norm(y, axis=1)
+    assert m["fvu"] == pytest.approx(error / ((x - x.mean(0)) ** 2).sum(), rel=1e-10)
+    assert m["explained_variance"] == 1 - m["fvu"]
+    assert m["mse"] == pytest.approx(error / 300, rel=1e-12)
+    assert m["cosine"] == pytest.approx(((x * y).sum(1) / norms[0] / norms[1]).mean(), rel=1e-12)
+    assert m["l2_ratio"] == pytest.approx((norms[1] / norms[0]).mean(), rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_parts_merged_in_any_order_equal_one_pass(seed):
+    rng = np.random.default_rng(seed)
+    x = torch.from_numpy(rng.normal(size=(257, 9)) * 10 + 5)
+    y = x + torch.from_numpy(rng.normal(size=(257, 9)))
+    whole = Reconstruction(9)
+    whole.update(x, y)
+    parts = []
+    for index in np.array_split(rng.permutation(257), 6):
+        part = Reconstruction(9)
+        part.update(x[index], y[index])
+        parts.append(part)
+    merged = Reconstruction(9)
+    for i in rng.permutation(6):
+        merged.merge(parts[i])
+    for name, value in whole.metrics().items():
+        assert merged.metrics()[name] == pytest.approx(value, rel=1e-12), name
+
+
+def test_undefined_figures_are_none_and_a_zero_row_is_left_out_of_the_ratios():
+    acc = Reconstruction(3)
+    assert set(acc.metrics().values()) == {None}
+    acc.update(torch.zeros(2, 3), torch.ones(2, 3))
+    assert acc.metrics() == {
+        "fvu": None, "explained_variance": None, "mse": 3.0, "cosine": None, "l2_ratio": None
+    }  # fmt: skip
+    acc.update(torch.ones(1, 3), torch.full((1, 3), 0.5))
+    assert acc.metrics()["l2_ratio"] == pytest.approx(0.5)
+    assert acc.metrics()["cosine"] == pytest.approx(1.0)
+
+
+# --- latents ----------------------------------------------------------------------------------
+
+
+def test_densities_maxima_and_l0_equal_brute_force():
+    latents = random_latents(200, 12, seed=1)
+    stats = latent_stats(latents, np.arange(200), np.zeros(200, np.int64))
+    active = latents != 0
+    assert np.array_equal(stats.fires_F, active.sum(0))
+    assert np.array_equal(stats.density_F, active.mean(0))
+    assert np.array_equal(stats.max_F, latents.max(0))
+    m = stats.metrics()
+    assert m["l0"] == pytest.approx(active.sum(1).mean(), rel=1e-12)
+    assert m["l1"] == pytest.approx(latents.sum(1).mean(), rel=1e-12)
+    assert m["dead_latents"] == 1
+    assert m["dead_share"] == 1 / 12
+    assert m["latents_over_10pct"] == (active.mean(0) > 0.1).sum()
+
+
+def test_top_places_equal_brute_force_with_ties_in_stored_order():
+    latents = random_latents(150, 10, seed=2)
+    rng = np.random.default_rng(3)
+    sequence, position = rng.integers(0, 20, 150), rng.permutation(150)
+    stats = latent_stats(latents, sequence, position, top_k=5)
+    for latent in range(10):
+        places = [
+            (int(sequence[i]), int(position[i]), float(latents[i, latent]))
+            for i in np.flatnonzero(latents[:, latent])
+        ]
+        assert stats.top(latent) == sorted(places, key=lambda p: (-p[2], p[0], p[1]))[:5]
+
+
+@pytest.mark.parametrize("n_parts", [1, 2, 9])
+def test_latent_statistics_do_not_depend_on_chunks_or_merges(n_parts):
+    latents = random_latents(180, 8, seed=4)
+    sequence, position = np.arange(180) % 17, np.arange(180)
+    whole = latent_stats(latents, sequence, position)
+    chunked, merged = LatentStats(8, 3), LatentStats(8, 3)
+    for index in np.array_split(np.random.default_rng(n_parts).permutation(180), n_parts):
+        chunked.update(sparse_codes(torch.from_numpy(latents[index])), sequence[index], position[index])
+        merged.merge(latent_stats(latents[index], sequence[index], position[index]))
+    for other in (chunked, merged):
+        assert [other.top(i) for i in range(8)] == [whole.top(i) for i in range(8)]
+        assert np.array_equal(other.fires_F, whole.fires_F)
+        assert np.array_equal(other.max_F, whole.max_F)
+        assert np.allclose(other.sum_F, whole.sum_F, rtol=1e-12, atol=0)
+        assert other.histograms() == whole.histograms()
+        assert other.metrics() == pytest.approx(whole.metrics(), rel=1e-12)
+
+
+def test_statistics_of_different_shapes_do_not_merge():
+    with pytest.raises(ValueError, match="cannot merge"):
+        LatentStats(4).merge(LatentStats(5))
+
+
+def test_histograms_hold_every_row_and_every_living_latent():
+    latents = random_latents(400, 130, seed=5, density=0.5)
+    stats = latent_stats(latents, np.arange(400), np.zeros(400, np.int64))
+    h = stats.histograms()
+    l0 = (latents != 0).sum(1)
+    expected, _ = np.histogram(l0, np.array(h["l0_per_row"]["edges"]) - 0.5)
+    assert h["l0_per_row"]["counts"] == expected.tolist()
+    assert sum(h["l0_per_row"]["counts"]) == 400
+    assert sum(h["log10_density"]["counts"]) == 129
+    assert h["log10_density"]["counts"][-1] >= 1  # density 1 lies in the last bin
+
+
+def test_parquet_gives_back_what_the_pass_kept(tmp_path):
+    latents = random_latents(90, 6, seed=6)
+    stats = latent_stats(latents, np.arange(90), np.arange(90) % 5)
+    stats.write_parquet(tmp_path / "latents.parquet")
+    rows = read_parquet(tmp_path / "latents.parquet")
+    assert [r["fires"] for r in rows] == stats.fires_F.tolist()
+    for latent, row in enumerate(rows):
+        places = zip(row["top_sequence"], row["top_position"], row["top_value"], strict=True)
+        assert list(places) == stats.top(latent)
+    assert [p.name for p in tmp_path.iterdir()] == ["latents.parquet"]
+
+
+def test_activations_around_are_the_encoded_rows_and_nan_where_there_is_no_row(ds):
+    view = ds.split("validation")
+    s = RandomTopK(D_MODEL)
+    found = activations_around(s, view, [3, 7, 3], [5, 0], view.n_rows, chunk_rows=17)
+    assert sorted(found) == [3, 7]
+    for q, values in found.items():
+        assert np.array_equal(np.isnan(values[:, 0]), ~view.kept[q, : view.length[q]])
+        for i in np.flatnonzero(view.row_sequence == q):
+            expected = s.encode(torch.from_numpy(view.acts[SITE][i]))[[5, 0]].numpy()
+            assert values[view.row_position[i]] == pytest.approx(expected, rel=1e-5)
+
+
+# --- through the LM ---------------------------------------------------------------------------
+
+
+def test_identity_sae_is_perfect(ds, lm):
+    m = evaluate(IdentitySAE(D_MODEL), ds, lm)
+    assert m["fvu"] == 0
+    assert m["explained_variance"] == 1
+    assert m["cosine"] == pytest.approx(1, abs=1e-12)
+    assert m["ce_spliced"] == m["ce_clean"]
+    assert m["ce_recovered_zero"] == m["ce_recovered_mean"] == 1
+    assert m["kl"] == 0
+    assert m["l0"] == D_MODEL
+
+
+def test_zero_sae_recovers_nothing_against_zero_ablation(ds, lm):
+    m = evaluate(ConstantSAE(np.zeros(D_MODEL)), ds, lm)
+    assert m["ce_recovered_zero"] == 0
+    assert m["ce_spliced"] == m["ce_zero"]
+    assert abs(m["ce_zero"] - m["ce_clean"]) > 0.1  # the planted model does lose by it
+    assert m["kl"] == m["kl_zero"] > 0.1
+    assert m["fvu"] >= 1
+    assert (m["l0"], m["dead_latents"], m["cosine"], m["l2_ratio"]) == (0, 5, 0, 0)
+
+
+def test_mean_sae_recovers_nothing_against_mean_ablation(ds, lm):
+    m = evaluate(ConstantSAE(ds.stats(SITE)["mean"]), ds, lm)
+    assert m["ce_recovered_mean"] == pytest.approx(0, abs=1e-6)
+    # around the mean of the validation rows themselves: 1 + ||difference of means||^2 / variance
+    x = ds.split("validation").acts[SITE].astype(np.float64)
+    shift = np.square(x.mean(0) - ds.stats(SITE)["mean"]).sum() / x.var(0).sum()
+    assert m["fvu"] == pytest.approx(1 + shift, rel=1e-6)
+    assert 1 <= m["fvu"] < 1.1
+
+
+def test_losses_are_those_predicted_from_kept_positions(ds, lm):
+    view = ds.split("validation")
+    m = evaluate(RandomTopK(D_MODEL), ds, lm, n_sequences=7)
+    total, n = 0.0, 0
+    for q in range(7):
+        ids = torch.from_numpy(view.context(q))
+        logp = lm.model(ids[None]).logits[0].double().log_softmax(-1)
+        for t in range(len(ids) - 1):
+            if view.kept[q, t]:
+                total, n = total - float(logp[t, ids[t + 1]]), n + 1
+    assert m["n_tokens"] == n
+    assert m["ce_clean"] == pytest.approx(total / n, rel=1e-5)
+    assert m["n_sequences"] == 7
+
+
+def test_spliced_loss_and_kl_equal_a_hand_written_hook(ds, lm):
+    s = RandomTopK(D_MODEL)
+    view = ds.split("validation")
+    m = evaluate(s, ds, lm, n_sequences=4)
+    ce = kl = n = 0.0
+    for q in range(4):
+        ids, kept = torch.from_numpy(view.context(q)), torch.from_numpy(view.kept[q, : view.length[q]])
+        clean = lm.model(ids[None]).logits[0].double().log_softmax(-1)
+
+        def replace(module, args, output, kept=kept):
+            acts = output[0] if isinstance(output, tuple) else output
+            acts = torch.where(kept[:, None], s(acts), acts)
+            return (acts, *output[1:]) if isinstance(output, tuple) else acts
+
+        handle = lm.model.transformer.h[0].register_forward_hook(replace)
+        spliced = lm.model(ids[None]).logits[0].double().log_softmax(-1)
+        handle.remove()
+        for t in torch.nonzero(kept[:-1]).flatten():
+            ce -= float(spliced[t, ids[t + 1]])
+            kl += float((clean[t].exp() * (clean[t] - spliced[t])).sum())
+            n += 1
+    assert m["ce_spliced"] == pytest.approx(ce / n, rel=1e-4)
+    assert m["kl"] == pytest.approx(kl / n, rel=1e-3)
+    assert m["kl"] > 0
+
+
+def test_the_jackknife_equals_leaving_each_sequence_out():
+    rng = np.random.default_rng(0)
+    clean, spliced, zero = (Losses([4] * 9, list(rng.uniform(a, a + 1, 9)), [0.0] * 9) for a in (2, 3, 8))
+    metrics, errors = lm_metrics(clean, spliced, zero, zero)
+
+    def recovered(keep):
+        c, s, z = (np.array(x.ce)[keep].sum() for x in (clean, spliced, zero))
+        return (z - s) / (z - c)
+
+    left_out = np.array([recovered(np.arange(9) != i) for i in range(9)])
+    assert metrics["ce_recovered_zero"] == pytest.approx(recovered(np.arange(9)))
+    expected = np.sqrt(8 / 9 * ((left_out - left_out.mean()) ** 2).sum())
+    assert errors["ce_recovered_zero"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_batches_of_sequences_add_up_to_the_whole(lm):
+    ds = toy_dataset(lm, n_sequences=37)  # 16 + 16 + 5
+    m = evaluate(RandomTopK(D_MODEL), ds, lm, n_sequences=100)
+    assert m["n_sequences"] == 37
+    view = ds.split("validation")
+    counted = view.kept[:, :-1] & (np.arange(1, 16) < view.length[:, None])
+    assert m["n_tokens"] == counted.sum()
+
+
+# --- the result -------------------------------------------------------------------------------
+
+
+def test_rows_alone_need_no_language_model(ds):
+    m = evaluate(RandomTopK(D_MODEL), ds)
+    assert m["model"] is None
+    assert m["n_sequences"] == 0
+    assert not any(name.startswith("ce_") for name in m)
+    assert m["n_rows"] == ds.split("validation").n_rows
+    assert m["dataset"] == "toy-dataset"
+    assert m["split"] == "validation"
+    assert json.loads(json.dumps(m)) == m
+
+
+def test_many_saes_in_one_pass_score_as_each_alone(lm):
+    sites = ("blocks.0.hook_resid_post",)
+    ds = toy_dataset(lm, sites)
+    saes = [RandomTopK(D_MODEL, k=2), IdentitySAE(D_MODEL), RandomTopK(D_MODEL, k=6, seed=1)]
+    together = evaluate_many(saes, ds, lm)
+    assert together == [evaluate(s, ds, lm) for s in saes]
+
+
+def test_every_figure_has_a_definition(ds, lm):
+    m = evaluate(RandomTopK(D_MODEL), ds, lm)
+    about = {"eval_version", "n_rows", "n_sequences", "n_tokens"}
+    figures = {name for name, value in m.items() if isinstance(value, int | float)} - about
+    assert figures == set(DEFINITIONS)
+
+
+def test_a_repeated_evaluation_is_a_hit_until_anything_changes(ds, lm, tmp_path, monkeypatch):
+    import sae.evals.evaluation as evaluation
+
+    passes = []
+    run = evaluation._evaluate
+    monkeypatch.setattr(evaluation, "_evaluate", lambda *a: passes.append(1) or run(*a))
+    s = RandomTopK(D_MODEL)
+    s.path = tmp_path
+    first = evaluate(s, ds, lm)
+    assert json.loads((tmp_path / "eval.json").read_text()) == first
+    assert evaluate(s, ds, lm) == first
+    assert len(passes) == 1
+    evaluate(s, ds, lm, n_sequences=3)
+    evaluate(s, ds, lm, reuse=False)
+    s.W_dec.data[0, 0] += 1
+    changed = evaluate(s, ds, lm, reuse=True)
+    assert len(passes) == 4
+    assert changed["sae"]["digest"] != first["sae"]["digest"] == digest(RandomTopK(D_MODEL))
+    (tmp_path / "eval.json").write_text("{ torn")
+    assert evaluate(s, ds, lm) == changed
+
+
+def test_training_mode_is_left_as_it_was(ds):
+    s = RandomTopK(D_MODEL).train()
+    evaluate(s, ds)
+    assert s.training
+
+
+def test_an_sae_of_another_site_is_refused_by_name(ds):
+    s = RandomTopK(D_MODEL, site="blocks.7.hook_mlp_out")
+    with pytest.raises(SpecError, match=r"blocks\.7\.hook_mlp_out.*blocks\.0\.hook_resid_post"):
+        evaluate(s, ds)
+
+
+def test_an_sae_that_gives_nan_is_an_error_and_stores_nothing(ds, tmp_path):
+    s = ConstantSAE([np.nan] * D_MODEL)
+    s.path = tmp_path
+    with pytest.raises(NonFiniteActivation, match="fvu"):
+        evaluate(s, ds)
+    assert list(tmp_path.iterdir()) == []

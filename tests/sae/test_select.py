@@ -1,0 +1,97 @@
+"""Selection against the plain definition: largest values first, ties to the lowest column and row."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae.select import Entries, Scratch, largest_in_batch, largest_per_row
+
+SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 130), st.integers(1, 40), st.integers(0, 2**31), st.booleans())
+
+
+def _values(n: int, f: int, seed: int, coarse: bool) -> torch.Tensor:
+    """Coarse values have many ties."""
+    rng = np.random.default_rng(seed)
+    x = rng.integers(-3, 4, (n, f)) if coarse else rng.standard_normal((n, f))
+    return torch.from_numpy(x.astype(np.float32))
+
+
+def _triples(entries: Entries) -> list[tuple[int, int, float]]:
+    return list(zip(entries.rows.tolist(), entries.columns.tolist(), entries.values.tolist(), strict=True))
+
+
+@given(SHAPES)
+@settings(max_examples=150, deadline=None)
+def test_largest_per_row_is_a_stable_sort_of_each_row(case: tuple[int, int, int, int, bool]) -> None:
+    n, f, k, seed, coarse = case
+    k = min(k, f)
+    x = _values(n, f, seed, coarse)
+    entries = largest_per_row(x, k, Scratch())
+    wanted = []
+    for row, values in enumerate(x.numpy()):
+        best = np.sort(np.argsort(-values, kind="stable")[:k])
+        wanted += [(row, int(c), float(values[c])) for c in best]
+    assert _triples(entries) == wanted
+    assert entries.row_starts.tolist() == list(range(0, n * k + 1, k))
+
+
+@given(SHAPES, st.floats(-1, 5))
+@settings(max_examples=150, deadline=None)
+def test_largest_in_batch_is_a_stable_sort_of_the_positive_values_whatever_the_guess(
+    case: tuple[int, int, int, int, bool], guess: float
+) -> None:
+    n, f, k, seed, coarse = case
+    x = _values(n, f, seed, coarse)
+    m = min(k, f) * n
+    flat = x.numpy().reshape(-1)
+    best = np.sort(np.argsort(-flat, kind="stable")[:m])
+    wanted = [(int(i) // f, int(i) % f, float(flat[i])) for i in best if flat[i] > 0]
+    scratch = Scratch(guess=guess)
+    for _ in range(2):  # the second time with the guess that the first one left
+        entries = largest_in_batch(x, m, scratch)
+        assert _triples(entries) == wanted
+    assert np.array_equal(np.repeat(np.arange(n), np.diff(entries.row_starts)), entries.rows)
+
+
+@given(SHAPES)
+@settings(max_examples=60, deadline=None)
+def test_positive_and_by_column_keep_every_entry_in_its_place(case: tuple[int, int, int, int, bool]) -> None:
+    n, f, k, seed, coarse = case
+    entries = largest_per_row(_values(n, f, seed, coarse), min(k, f), Scratch())
+    kept = entries.positive()
+    assert _triples(kept) == [t for t in _triples(entries) if t[2] > 0]
+    order, starts = kept.by_column()
+    for column in range(f):
+        own = order[starts[column] : starts[column + 1]]
+        assert (kept.columns[own] == column).all()
+        assert (np.diff(kept.rows[own]) > 0).all()
+    assert starts[-1] == len(kept.values) == len(order)
+
+
+def test_more_columns_than_sixteen_bits_are_grouped_rightly() -> None:
+    x = torch.zeros(2, 70_000)
+    x[0, 66_000], x[1, 464], x[1, 66_000] = 3.0, 2.0, 1.0  # 66,000 = 464 modulo 2^16
+    order, starts = largest_per_row(x, 2, Scratch()).positive().by_column()
+    assert starts[465] - starts[464] == 1
+    assert starts[66_001] - starts[66_000] == 2
+    assert len(order) == 3
+
+
+def test_nan_is_kept_so_that_the_loss_shows_it() -> None:
+    x = torch.randn(4, 200, generator=torch.Generator().manual_seed(0))
+    x[2] = torch.nan
+    entries = largest_per_row(x, 3, Scratch())
+    assert np.isnan(entries.values[entries.rows == 2]).all()
+    assert len(entries.values) == 12
+
+
+@pytest.mark.parametrize("n", [7, 3])
+def test_scratch_serves_a_shorter_batch_from_the_same_memory(n: int) -> None:
+    scratch = Scratch()
+    first = scratch.get("a", (7, 5), torch.float32)
+    again = scratch.get("a", (n, 5), torch.float32)
+    assert again.shape == (n, 5)
+    assert again.data_ptr() == first.data_ptr()
+    assert again.is_contiguous()
