@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actcache.errors import SpecError
-from actcache.families import Tap, find_tap, resolve_sites, site_names
-from actcache.spec import LM_DTYPES
+from .errors import SpecError
+from .families import Tap, find_tap, resolve_sites, site_names
+from .spec import LM_DTYPES
 
 __all__ = [
     "LM",

@@ -129,15 +129,15 @@ def calibrate(acts_ND: np.ndarray, precision: Precision) -> Calibration:
 
 
 def _check_reachable(core_MD: np.ndarray, calibration: Calibration, precision: Precision) -> None:
-    """Raise where int8 cannot hold the core rows at this step (one channel dwarfs the others)."""
+    """Raise where int8 cannot hold the core rows at this step (single values dwarf their rows)."""
     codes_MD, scale_M = quantise(core_MD, calibration.offset_D, calibration.step)
     error_MD = decode(codes_MD, scale_M, calibration.offset_D, precision) - core_MD
     noise = float(np.einsum("nd,nd->", error_MD, error_MD, dtype=np.float64))
     fvu = noise / (calibration.core_variance * len(core_MD))
-    if fvu > precision.fvu:
+    if fvu > precision.fvu and (scale_M != scale_M.dtype.type(calibration.step)).any():
         raise SpecError(
-            f"int8 codes reach FVU {fvu:.2g} at this site, wanted {precision.fvu:g}: a few channels dwarf "
-            "the others. Store it as bf16, or accept a larger fvu"
+            f"int8 codes reach FVU {fvu:.2g} at this site, wanted {precision.fvu:g}: single values "
+            "dwarf their rows. Store it as bf16, or accept a larger fvu"
         )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from .catalog import find_dataset
 from .codec import Precision
 from .corpus import ResolvedCorpus, TokenStore, resolve_corpus, tokenise, tokens_identity
-from .errors import ActcacheError, Conflict, HarvestError, SpecError
+from .errors import ActcacheError, Conflict, HarvestError, SpecError, WorkerLost
 from .harvester import Harvester, Job
 from .layout import calibration_key, offset_objects, parse_calibration, zarr_metadata
 from .manifest import (
@@ -458,15 +458,27 @@ class LocalEngine:
 
 
 class RayEngine:
-    """One Ray actor per worker, two blocks in flight on each; only ids go in and statistics come out."""
+    """One Ray actor per worker, two blocks in flight on each; only ids go in and statistics come out.
+
+    A lost actor is replaced by a fresh one rather than restarted by Ray: calls to a restarting actor
+    fail at once, and a zombie whose node is cut off is fenced by the kill.
+    """
 
     def __init__(self, job: Job, workers: int, gpus_per_worker: float) -> None:
         import ray
 
-        self._ray, self._workers, self._gpus = ray, workers, gpus_per_worker
+        self._ray, self._workers = ray, workers
         self._started = not ray.is_initialized()
-        self._job = job
-        self._running: dict[Any, tuple[int, Unit]] = {}
+        self._job = replace(job, threads=0 if gpus_per_worker else 1)
+        self._options = {
+            "num_cpus": 1,
+            "num_gpus": gpus_per_worker,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "max_concurrency": 2,
+        }
+        self._actors: list[Any] = []
+        self._running: dict[Any, tuple[Any, Unit]] = {}
 
     def __enter__(self) -> "RayEngine":
         if self._started:
@@ -474,24 +486,13 @@ class RayEngine:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for actor in getattr(self, "_actors", []):
+        for actor in self._actors:
             self._ray.kill(actor)
         if self._started:
             self._ray.shutdown()
 
     def prepare(self) -> None:
-        ray = self._ray
-        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // self._workers) if not self._gpus else 1
-        job = replace(self._job, threads=1 if not self._gpus else 0)
-        options = {
-            "num_cpus": 1 if not self._gpus else min(cpus, 4),
-            "num_gpus": self._gpus,
-            "max_restarts": -1,
-            "max_task_retries": 0,
-            "max_concurrency": 2,
-        }
-        remote = ray.remote(Harvester).options(**options)
-        self._actors = [remote.remote(job) for _ in range(self._workers)]
+        self._actors = [self._new_actor() for _ in range(self._workers)]
         self._call(self._actors[0].calibrate.remote())
 
     def free(self) -> bool:
@@ -501,20 +502,26 @@ class RayEngine:
         return bool(self._running)
 
     def submit(self, unit: Unit) -> None:
-        load = [0] * self._workers
-        for worker, _ in self._running.values():
-            load[worker] += 1
-        worker = load.index(min(load))
-        self._running[self._actors[worker].run_block.remote(*unit)] = (worker, unit)
+        taken = [actor for actor, _ in self._running.values()]
+        actor = min(self._actors, key=taken.count)
+        self._running[actor.run_block.remote(*unit)] = (actor, unit)
 
     def completed(self) -> Iterator[tuple[Unit, bytes | BaseException]]:
         done, _ = self._ray.wait(list(self._running), num_returns=1)
         for ref in done:
-            _, unit = self._running.pop(ref)
+            actor, unit = self._running.pop(ref)
             try:
                 yield unit, self._call(ref)
+            except self._ray.exceptions.RayActorError as err:
+                if actor in self._actors:  # the second block in flight on it comes here too
+                    self._ray.kill(actor)
+                    self._actors[self._actors.index(actor)] = self._new_actor()
+                yield unit, WorkerLost(f"its worker was lost ({type(err).__name__})")
             except Exception as err:
                 yield unit, err
+
+    def _new_actor(self) -> Any:
+        return self._ray.remote(Harvester).options(**self._options).remote(self._job)
 
     def fidelity(self, sites: Sequence[str]) -> dict[str, dict[str, float]]:
         refs = [self._actors[i % self._workers].fidelity.remote(site) for i, site in enumerate(sites)]

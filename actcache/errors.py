@@ -41,5 +41,9 @@ class NonFiniteActivation(ActcacheError, ArithmeticError):
     """The LM produced inf or NaN; the message names the first bad row (fp16 overflows at 65504)."""
 
 
+class WorkerLost(ActcacheError, OSError):
+    """A worker died or became unreachable; its blocks are tried again elsewhere."""
+
+
 class HarvestError(ActcacheError, RuntimeError):
     """Blocks failed again after their retries; everything else is committed. Re-run to finish."""

@@ -29,7 +29,7 @@ from typing import Any
 
 from torch import nn
 
-from actcache.errors import SpecError
+from .errors import SpecError
 
 
 @dataclass(frozen=True)

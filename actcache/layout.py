@@ -80,6 +80,14 @@ def zarr_metadata(manifest: Manifest) -> dict[str, bytes]:
                 array["fill"],
                 {},
             )
+    # one request opens the whole hierarchy, and no listing meets what is not Zarr
+    inside = {key.removesuffix("/zarr.json"): value for key, value in out.items() if key != "zarr.json"}
+    out["zarr.json"]["consolidated_metadata"] = {
+        "kind": "inline",
+        "must_understand": False,
+        "metadata": inside,
+    }
+    out["zarr.json"] = out.pop("zarr.json")  # written last, over what it describes
     return {key: canonical_json(value).encode() for key, value in out.items()}
 
 

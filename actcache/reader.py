@@ -465,7 +465,7 @@ class Stream:
         self._chunk_rows = identity["chunk_rows"]
         self._epoch, self._row = 0, 0
         if state is not None:
-            self._restore(state)
+            self.restore(state)
         self._names = [f"{site}/codes" for site in sites]
         if dataset._shared.precision.quantised:
             self._names += [f"{site}/scale" for site in sites]
@@ -525,7 +525,12 @@ class Stream:
             "window": self.window,
         }
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Stand where `state` says; O(1). Call it between iterations, not during one.
+
+        Raises:
+            SpecError: the state is of another dataset version or order.
+        """
         for name, ours in self._order_id().items():
             if state.get(name) != ours:
                 raise SpecError(

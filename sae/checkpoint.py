@@ -99,7 +99,10 @@ def differences(found: Any, wanted: Any, where: str = "") -> list[str]:
             for name in names
             for line in differences(found.get(name), wanted.get(name), f"{where}.{name}".lstrip("."))
         ]
-    return [] if found == wanted else [f"{where}: {found} -> {wanted}"]
+    if found == wanted:
+        return []
+    old, new = ("present" if isinstance(value, dict) else str(value) for value in (found, wanted))
+    return [f"{where}: {old} -> {new}"]
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup, escape
 
@@ -50,10 +51,10 @@ class Line:
 def lines(
     series: Sequence[Line], *, title: str, x_label: str, size: tuple[float, float] = (3.5, 2.2)
 ) -> Markup:
-    """All series in one set of axes; the y axis is logarithmic where the values span a factor of 20."""
+    """All series in one set of axes; the y axis is logarithmic where the values span a factor of 8."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     with mpl.rc_context(_RC):
         figure = Figure(figsize=size, layout="constrained")
@@ -61,13 +62,15 @@ def lines(
         for line in series:
             axes.plot(line.x, line.y, color=_placeholder(line.colour), alpha=0.9)
         values = [y for line in series for y in line.y]
-        if min(values) > 0 and max(values) > 20 * min(values):
+        if min(values) > 0 and max(values) > 8 * min(values):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
             axes.yaxis.set_minor_locator(NullLocator())
         else:
             axes.set_ylim(bottom=0, top=None if max(values) > 0 else 1)
+            if all(float(v).is_integer() for v in values):
+                axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel(x_label)
@@ -78,11 +81,11 @@ def lines(
 def bars(
     edges: Sequence[float],
     counts: Sequence[int],
-    *,
     colour: int,
     title: str,
     x_label: str,
     y_label: str,
+    *,
     log10: bool = False,
     size: tuple[float, float] = (4.6, 1.8),
 ) -> Markup:
@@ -94,7 +97,7 @@ def bars(
     with mpl.rc_context(_RC):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
-        widths = [b - a for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        widths = [b - a for a, b in pairwise(edges)]
         axes.bar(edges[:-1], counts, widths, align="edge", color=_placeholder(colour), linewidth=0)
         if log10:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -120,7 +123,7 @@ def _svg(figure: object, label: str) -> Markup:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(  # type: ignore[no-untyped-call]
+    FigureCanvasSVG(figure).print_svg(
         buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
     )
     text = buffer.getvalue()

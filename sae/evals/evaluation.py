@@ -7,7 +7,7 @@ figures are defined in `reconstruction`, `latents` and `language_model`; this fi
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,36 +18,10 @@ from torch import Tensor
 
 from actcache.errors import NonFiniteActivation, SpecError
 from actcache.progress import Progress
+from sae.evals.definitions import EVAL_VERSION
 from sae.evals.language_model import Losses, lm_metrics, measure_losses
 from sae.evals.latents import LatentStats, sparse_codes
 from sae.evals.reconstruction import Reconstruction
-
-EVAL_VERSION = 1
-"""Raised whenever a definition changes, so that figures of two versions are never compared."""
-
-DEFINITIONS: Mapping[str, str] = {
-    "l0": "mean number of latents active on a row",
-    "l1": "mean sum of activations on a row",
-    "fvu": "fraction of variance unexplained: squared error over squared distance to the mean row",
-    "explained_variance": "1 − FVU",
-    "mse": "mean squared error of a row, summed over its dimensions",
-    "cosine": "mean cosine between a row and its reconstruction",
-    "l2_ratio": "mean norm of the reconstruction over norm of the row; below 1 is shrinkage",
-    "dead_latents": "latents that fired on none of the evaluated rows",
-    "dead_share": "dead latents as a share of all latents",
-    "latents_over_1pct": "latents that fired on more than 1 % of rows",
-    "latents_over_10pct": "latents that fired on more than 10 % of rows",
-    "ce_clean": "the language model's own loss on the evaluated tokens, nats per token",
-    "ce_spliced": "its loss with the reconstruction in place of the activations",
-    "ce_zero": "its loss with zeros in their place",
-    "ce_mean": "its loss with the mean training row in their place",
-    "ce_recovered_zero": "share of the loss lost to zeros that the reconstruction wins back; 1 is perfect",
-    "ce_recovered_mean": "the same against the mean row, a stricter baseline",
-    "kl": "divergence of the spliced model's predictions from the clean ones, nats per token",
-    "kl_zero": "the same divergence with zeros in place of the activations",
-    "kl_mean": "the same divergence with the mean training row in their place",
-}
-"""What each figure of a result means, in one phrase."""
 
 _CHUNK_ROWS = 4096  # 100 MB of float32 latents at d_sae 6144
 

@@ -4,6 +4,7 @@ Weights are drawn large (norm weights away from 1, biases away from 0, logits aw
 that a site taken on the wrong side of a norm, a bias or a scale cannot pass for the right one.
 """
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,22 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+N_BLOCKS = 3
 VOCAB_SIZE = 96
 D_MODEL = 32
 
-_SHAPE = {"num_hidden_layers": 3, "hidden_size": D_MODEL, "intermediate_size": 64, "num_attention_heads": 4}
+_SHAPE = {
+    "num_hidden_layers": N_BLOCKS,
+    "hidden_size": D_MODEL,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+}
 _GROUPED = _SHAPE | {"num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": None}
 _IDS = {"bos_token_id": 1, "eos_token_id": 2}
 
 # The sliding windows are shorter than the tests' sequences, so that they matter.
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt2": ("gpt2", {"n_layer": 3, "n_embd": D_MODEL, "n_head": 4, "n_positions": 64}),
+    "gpt2": ("gpt2", {"n_layer": N_BLOCKS, "n_embd": D_MODEL, "n_head": 4, "n_positions": 64}),
     "gpt_neox": ("gpt_neox", _SHAPE | {"max_position_embeddings": 64}),
     "gpt_neox_sequential": (
         "gpt_neox",
@@ -51,6 +58,23 @@ def tiny_config(family: str, **overrides: Any) -> Any:
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> Any:
     """A random model of the family in eval mode, float32; the same weights for the same seed."""
     return _randomise(AutoModelForCausalLM.from_config(tiny_config(family, **overrides)), seed)
+
+
+@lru_cache
+def shared_model(family: str) -> Any:
+    """One model per family and process, for tests that leave it as it is."""
+    return tiny_model(family)
+
+
+def block_of(model: Any, n: int) -> Any:
+    """The module of block n."""
+    decoder = model.get_decoder()
+    return (decoder.h if hasattr(decoder, "h") else decoder.layers)[n]
+
+
+def tokens(seed: int = 0, batch: int = 2, length: int = 12) -> torch.Tensor:
+    """Random ids [batch, length] without special tokens."""
+    return torch.randint(3, VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def tiny_gemma3_multimodal(seed: int = 0) -> Any:

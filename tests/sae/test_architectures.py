@@ -19,7 +19,9 @@ BOTH = [sae.TopK(d_sae=F, k=K, k_aux=8), sae.BatchTopK(d_sae=F, k=K, k_aux=8)]
 ids = lambda c: c.architecture  # noqa: E731
 
 
-def _case(config: Config, n_dead: int, dtype: torch.dtype, seed: int = 0) -> tuple[Parameters, Tensor, Tensor]:
+def _case(
+    config: Config, n_dead: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[Parameters, Tensor, Tensor]:
     """Untied weights, biases everywhere, decoder rows not of unit norm: nothing cancels by symmetry."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
@@ -39,7 +41,9 @@ def _names(outcome: Outcome) -> dict[str, Tensor]:
 @pytest.mark.parametrize("n_dead", [0, 3, 40, 200, 400])
 @pytest.mark.parametrize("config", BOTH, ids=ids)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
-def test_sparse_step_equals_autograd(config: Config, n_dead: int, dtype: torch.dtype, tolerance: float) -> None:
+def test_sparse_step_equals_autograd(
+    config: Config, n_dead: int, dtype: torch.dtype, tolerance: float
+) -> None:
     p, x, dead = _case(config, n_dead, dtype)
     dense, sparse = dense_gradients(config, p, x, dead), sparse_gradients(config, p, x, dead, Scratch())
     for name, wanted in _names(dense).items():
@@ -204,7 +208,9 @@ def test_a_planted_dictionary_is_recovered(kind) -> None:  # type: ignore[no-unt
 def test_inference_threshold_gives_the_trained_l0() -> None:
     """Dense, overlapping activations, where the choice of k really cuts."""
     rng = np.random.default_rng(0)
-    acts = rng.standard_t(5, (20_000, 40)).astype(np.float32) @ rng.standard_normal((40, 32)).astype(np.float32)
+    acts = rng.standard_t(5, (20_000, 40)).astype(np.float32) @ rng.standard_normal((40, 32)).astype(
+        np.float32
+    )
     training = sae.Training(n_rows=200_000, seed=0)
     (s,) = sae.train(sae.ArrayStream(acts, batch_size=1000), sae.BatchTopK(d_sae=128, k=12), training)
     l0 = float((s.encode(acts) > 0).sum(1).float().mean())

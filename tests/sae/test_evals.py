@@ -1,6 +1,9 @@
 """The figures of an evaluation equal their definitions, and planted SAEs score what they must."""
 
+import dataclasses
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -231,6 +234,28 @@ def test_losses_are_those_predicted_from_kept_positions(ds, lm):
     assert m["n_tokens"] == n
     assert m["ce_clean"] == pytest.approx(total / n, rel=1e-5)
     assert m["n_sequences"] == 7
+
+
+def test_the_clean_loss_is_the_one_that_harvest_measures_fidelity_with(ds, lm):
+    from actcache.loss import next_token_loss
+
+    view = ds.split("validation")
+    arrays = (torch.from_numpy(a) for a in (view.input_ids, view.kept, view.length))
+    total, n = next_token_loss(lm.model, *arrays)
+    m = evaluate(RandomTopK(D_MODEL), ds, lm)
+    assert m["n_tokens"] == n
+    assert m["ce_clean"] == pytest.approx(total / n, rel=1e-6)
+
+
+def test_the_command_line_needs_no_torch_until_it_works():
+    code = "import sae.evals.cli, sae.report, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_lm_other_than_the_harvested_one_is_refused(ds, lm):
+    other = dataclasses.replace(lm, revision="1")
+    with pytest.raises(SpecError, match="at revision 0.*at 1"):
+        evaluate(RandomTopK(D_MODEL), ds, other)
 
 
 def test_spliced_loss_and_kl_equal_a_hand_written_hook(ds, lm):

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from sae.select import Entries, Scratch, largest_in_batch, largest_per_row
 
-SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 130), st.integers(1, 40), st.integers(0, 2**31), st.booleans())
+SHAPES = st.tuples(
+    st.integers(1, 9), st.integers(1, 130), st.integers(1, 40), st.integers(0, 2**31), st.booleans()
+)
 
 
 def _values(n: int, f: int, seed: int, coarse: bool) -> torch.Tensor:

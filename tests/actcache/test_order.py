@@ -1,0 +1,83 @@
+"""The reading order is a bijection that anybody can write down and nothing but its inputs can change."""
+
+import hashlib
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actcache.order import Order, default_window, permutation
+
+sizes = st.integers(0, 5000)
+
+
+@given(sizes, st.integers(0, 2**63), st.text(max_size=5))
+@settings(max_examples=50, deadline=None)
+def test_permutation_is_a_bijection(n, seed, name):
+    assert np.array_equal(np.sort(permutation(n, name, seed)), np.arange(n))
+
+
+def test_permutations_never_change_between_versions_and_machines():
+    golden = hashlib.sha256(permutation(10_000, "rows", 7, "train", 3).astype("<i8").tobytes()).hexdigest()
+    assert golden == "cc2267c307788f8b731395dae52bcc436950b109249be9784cee275cfbb48b20"
+    rows = Order(n_rows=100_003, chunk_rows=128, seed=3, epoch=1, lanes=64, window=2).rows()
+    assert (
+        hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
+        == "43d2970e7ac15522eb597f86150bc6299e478446b6c245e68a57cc2899b6797a"
+    )
+
+
+def test_permutation_has_no_visible_structure():
+    places = permutation(100_000, "rows", 0)
+    assert abs(np.corrcoef(places, np.arange(100_000))[0, 1]) < 0.02  # 6 standard errors
+    assert abs(np.corrcoef(places, permutation(100_000, "rows", 1))[0, 1]) < 0.02
+    steps = np.diff(places)
+    assert abs(float((steps > 0).mean()) - 0.5) < 0.01
+
+
+@given(
+    n_rows=sizes,
+    chunk_rows=st.sampled_from([1, 2, 16, 64]),
+    lanes=st.sampled_from([1, 2, 8, 64]),
+    window=st.integers(1, 5),
+    epoch=st.integers(0, 3),
+)
+@settings(max_examples=100, deadline=None)
+def test_order_serves_every_row_exactly_once(n_rows, chunk_rows, lanes, window, epoch):
+    rows = Order(n_rows=n_rows, chunk_rows=chunk_rows, seed=1, epoch=epoch, lanes=lanes, window=window).rows()
+    assert np.array_equal(np.sort(rows), np.arange(n_rows))
+
+
+def test_order_follows_the_written_rule():
+    """The rule of docs/format.md, "Reading order", written out a second time in plain loops."""
+    n, chunk, lanes, window, seed, epoch = 1000, 16, 4, 2, 5, 2
+    chunks = [list(range(c * chunk, min((c + 1) * chunk, n))) for c in range(-(-n // chunk))]
+    order = permutation(len(chunks), "chunks", seed, epoch)
+    flat = [(c, row) for c in order for row in chunks[c]]
+    served = {}
+    start = 0
+    for lane in range(lanes):
+        share = -(-(n - lane) // lanes)
+        mine = flat[start : start + share]
+        start += share
+        runs = []
+        for c, row in mine:
+            if not runs or runs[-1][0] != c:
+                runs.append((c, []))
+            runs[-1][1].append(row)
+        position = 0
+        for w in range(0, len(runs), window):
+            rows = [row for _, part in runs[w : w + window] for row in part]
+            for place in permutation(len(rows), "window", seed, epoch, lane, w // window):
+                served[position * lanes + lane] = rows[place]
+                position += 1
+    expected = [served[g] for g in range(n)]
+    got = Order(n_rows=n, chunk_rows=chunk, seed=seed, epoch=epoch, lanes=lanes, window=window).rows()
+    assert got.tolist() == expected
+
+
+def test_default_window_keeps_the_excess_of_same_sequence_rows_below_a_quarter():
+    for batch, context, block in [(4096, 256, 131_072), (65_536, 2048, 131_072), (8192, 1024, 65_536)]:
+        window = default_window(batch, 64, context, block)
+        assert window >= 2
+        assert batch / 64 * context / (window * block) <= 0.25

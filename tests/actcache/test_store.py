@@ -1,0 +1,129 @@
+"""Objects appear whole or not at all, exactly one writer wins, and keys cannot leave the prefix."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from actcache.errors import Conflict, StoreError
+from actcache.store import open_store
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request, tmp_path):
+    url = str(tmp_path / "root") if request.param == "local" else f"memory://{tmp_path.name}"
+    return open_store(url)
+
+
+def test_create_then_read_whole_and_in_ranges(store):
+    assert store.create("a/b/c.bin", b"0123456789")
+    assert store.read("a/b/c.bin") == b"0123456789"
+    assert store.read("a/b/c.bin", 2, 5) == b"234"
+    assert store.read("a/b/c.bin", 7) == b"789"
+    assert store.exists("a/b/c.bin")
+    assert not store.exists("a/b/d.bin")
+    with pytest.raises(FileNotFoundError):
+        store.read("a/b/d.bin")
+
+
+def test_create_again_with_the_same_bytes_is_quiet_and_with_others_is_a_conflict(store):
+    assert store.create("k", b"one")
+    assert not store.create("k", b"one")
+    with pytest.raises(Conflict, match="other content"):
+        store.create("k", b"two")
+    assert store.read("k") == b"one"
+
+
+def test_one_of_many_writers_wins(store):
+    barrier = threading.Barrier(8)
+    won, lost = [], []
+
+    def write(i):
+        barrier.wait()
+        try:
+            won.append(i) if store.create("contested", b"%d" % i) else None
+        except Conflict:
+            lost.append(i)
+
+    threads = [threading.Thread(target=write, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert len(lost) == 7
+    assert store.read("contested") == b"%d" % won[0]
+
+
+def test_listing_and_folders(store):
+    for key in ("a/1", "a/2", "b/c/3", "ab"):
+        store.create(key, b"x" * len(key))
+    assert [(o.key, o.size_bytes) for o in store.listing("a")] == [("a/1", 3), ("a/2", 3)]
+    assert store.listing("nothing") == []
+    assert store.folders() == ["a", "b"]
+    assert store.folders("b") == ["c"]
+    assert store.sub("b").read("c/3") == b"xxxxx"
+
+
+def test_replace_and_delete(store):
+    store.replace("z/zarr.json", b"1")
+    store.replace("z/zarr.json", b"2")
+    assert store.read("z/zarr.json") == b"2"
+    store.delete("z/zarr.json")
+    store.delete("z/zarr.json")
+    assert not store.exists("z/zarr.json")
+
+
+@pytest.mark.parametrize("key", ["../x", "a/../../x", "/etc/passwd", "", "a//b", "a/./b", "a\\..\\b", "a\0b"])
+def test_keys_that_leave_the_prefix_are_refused(store, key):
+    for verb in (store.read, lambda k: store.create(k, b""), lambda k: store.replace(k, b""), store.delete):
+        with pytest.raises(StoreError, match="refused"):
+            verb(key)
+
+
+def test_a_writer_killed_midway_leaves_nothing_that_blocks_the_next(tmp_path):
+    """The writer stops itself inside fsync, is killed there, and the key is still free."""
+    code = f"""
+import os, signal
+from actcache import store
+real = os.fsync
+def stop(descriptor):
+    os.kill(os.getpid(), signal.SIGKILL)
+os.fsync = stop
+store.open_store({str(tmp_path)!r}).create("block/0", b"x" * 1000)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == -signal.SIGKILL
+    store = open_store(str(tmp_path))
+    assert store.listing("block") == []
+    assert len(os.listdir(tmp_path / "block")) == 1  # the temporary file, which nobody reads
+    assert store.create("block/0", b"y" * 1000)
+    assert store.read("block/0") == b"y" * 1000
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_the_rest_intact(tmp_path):
+    code = f"""
+import resource, signal
+from actcache import store, errors
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+s = store.open_store({str(tmp_path)!r})
+s.create("small", b"x" * 500)
+try:
+    s.create("large", b"x" * 5000)
+except errors.StoreError as err:
+    print(err)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "large: File too large" in done.stdout
+    store = open_store(str(tmp_path))
+    assert store.read("small") == b"x" * 500
+    assert [o.key for o in store.listing("large")] == []
+
+
+def test_unknown_protocols_are_one_clear_error():
+    with pytest.raises(StoreError, match="nonsense"):
+        open_store("nonsense://bucket/x")
