@@ -2,28 +2,15 @@
 
 import json
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import click
 
-from .cli import parse_storage_options, run
+from .cli import run, storage_option
 from .progress import format_bytes, format_count
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 _DEFAULT_SITE = "blocks.3.hook_resid_post"
-
-
-def _storage(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--storage-option",
-        "storage_options",
-        multiple=True,
-        metavar="KEY=VALUE",
-        callback=parse_storage_options,
-        help="Passed to fsspec, e.g. endpoint_url=http://host:9000 or anon=true; repeat. Never stored. "
-        "Credentials are better left to the environment.",
-    )(command)
 
 
 @click.group(context_settings=_SETTINGS)
@@ -122,7 +109,7 @@ def cli() -> None:
     "--gpus-per-worker", type=float, default=0, show_default=True, help="GPUs that Ray reserves for an actor."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the dataset's description as JSON.")
-@_storage
+@storage_option
 def harvest(
     source: str,
     text_field: str,
@@ -174,7 +161,7 @@ def harvest(
 @cli.command("ls", context_settings=_SETTINGS)
 @click.argument("root")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
-@_storage
+@storage_option
 def list_command(root: str, as_json: bool, storage_options: dict[str, Any]) -> None:
     """List the datasets under ROOT (a directory or URL)."""
     from rich.table import Table
@@ -202,7 +189,7 @@ def list_command(root: str, as_json: bool, storage_options: dict[str, Any]) -> N
 @cli.command(context_settings=_SETTINGS)
 @click.argument("url")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
-@_storage
+@storage_option
 def info(url: str, as_json: bool, storage_options: dict[str, Any]) -> None:
     """Describe the dataset at URL: model, corpus, rows, size and measured fidelity."""
     _print_info(url, storage_options, as_json)
@@ -212,7 +199,7 @@ def info(url: str, as_json: bool, storage_options: dict[str, Any]) -> None:
 @click.argument("url")
 @click.option("--deep", is_flag=True, help="Also read every object and check every checksum.")
 @click.option("--json", "as_json", is_flag=True, help="The counts as JSON.")
-@_storage
+@storage_option
 def verify(url: str, deep: bool, as_json: bool, storage_options: dict[str, Any]) -> None:
     """Check the dataset at URL against its manifest; --deep reads all of it."""
     from .reader import open_dataset

@@ -7,18 +7,19 @@ import ast
 import inspect
 import itertools
 import json
-import logging
 import math
 import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
 import click
+
+from actcache.cli import STORAGE_OPTION, run
 
 _LAZY_COMMANDS = {"eval": ("sae.evals.cli", "eval_command"), "report": ("sae.report", "report_command")}
 _RENAMED = {"n_rows": "rows"}
@@ -96,12 +97,7 @@ def train_command() -> click.Command:
             default=None,
             help="Passes over the dataset. Default: one, or as many as --rows needs.",
         ),
-        click.Option(
-            ["--storage-options"],
-            metavar="JSON",
-            callback=_parse_json,
-            help="""Credentials and the like for the store, e.g. '{"endpoint_url": "..."}'; never stored.""",
-        ),
+        click.Option(**STORAGE_OPTION),
         click.Option(["--json"], is_flag=True, help="Print the result as JSON instead of a table."),
     ]
     docs = field_docs(TopK) | field_docs(Training)
@@ -147,7 +143,7 @@ def _train(
     out: Path,
     batch_size: int,
     epochs: int | None,
-    storage_options: dict[str, Any] | None,
+    storage_options: dict[str, Any],
     json: bool,
     **values: Any,
 ) -> None:
@@ -280,37 +276,10 @@ def _click_type(annotation: Any) -> tuple[Any, dict[str, Any]]:
     return annotation, {}
 
 
-def _parse_json(ctx: click.Context, param: click.Parameter, value: str | None) -> dict[str, Any] | None:
-    if value is None:
-        return None
-    try:
-        parsed = json.loads(value)
-    except ValueError as error:
-        raise click.BadParameter(f"not JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise click.BadParameter("wanted a JSON object, e.g. '{\"anon\": true}'")
-    return parsed
-
-
-def main(arguments: list[str] | None = None, command: Callable[..., Any] = cli) -> int:
+def main(arguments: list[str] | None = None, command: click.Command = cli) -> int:
     """Run the command line; what goes wrong is one line `error: ...` and a non-zero code."""
-    from actcache.errors import ActcacheError
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        command(args=arguments, prog_name="python -m sae", standalone_mode=False)
-    except click.ClickException as error:
-        return _fail(error.format_message(), error.exit_code)
-    except click.Abort:
-        return _fail("stopped; run the same command again to continue from the last checkpoint", 130)
-    except (ActcacheError, ValueError, OSError) as error:
-        return _fail(str(error), 1)
-    return 0
-
-
-def _fail(message: str, code: int) -> int:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
-    return code
+    hint = "stopped; run the same command again to continue from the last checkpoint"
+    return run(command, "python -m sae", arguments, interrupted=hint)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import click
 import numpy as np
 from markupsafe import Markup
 
+from actcache.cli import storage_option
 from actcache.errors import ActcacheError, CorruptObject, SpecError
 from actcache.progress import Progress, format_bytes
 from sae import plots
@@ -429,8 +430,15 @@ def _render(**page: Any) -> str:
     help="Latents shown of each SAE, drawn at random.",
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of that draw.")
+@storage_option
 def report_command(
-    run_dir: Path, url: str | None, out: Path | None, model: str | None, n_latents: int, seed: int
+    run_dir: Path,
+    url: str | None,
+    out: Path | None,
+    model: str | None,
+    n_latents: int,
+    seed: int,
+    storage_options: dict[str, Any],
 ) -> None:
     """Write one self-contained HTML page about the SAEs in RUN_DIR and print where it is.
 
@@ -448,7 +456,7 @@ def report_command(
     ds, note = None, ""
     cfgs = [_entry(directory).cfg for directory in find_saes(run_dir)]
     try:
-        ds = actcache.open(dataset_url(cfgs, url))
+        ds = actcache.open(dataset_url(cfgs, url), storage_options=storage_options)
     except ActcacheError as err:
         if url is not None:
             raise

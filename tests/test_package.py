@@ -30,7 +30,13 @@ def files_importing(package, name):
 
 @pytest.mark.parametrize(
     ("package", "forbidden"),
-    [("actcache", "sae"), ("actcache", "cluster"), ("sae", "cluster"), ("cluster", "actcache"), ("cluster", "sae")],
+    [
+        ("actcache", "sae"),
+        ("actcache", "cluster"),
+        ("sae", "cluster"),
+        ("cluster", "actcache"),
+        ("cluster", "sae"),
+    ],
 )
 def test_packages_that_must_not_know_each_other(package, forbidden):
     assert files_importing(package, forbidden) == []

@@ -6,7 +6,6 @@ again and the dataset is a cache hit; kill it anywhere and run it again, and it 
 """
 
 import argparse
-import logging
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.table import Table
 
 import actcache
 import sae
+from actcache.cli import start_logging
 from actcache.errors import ActcacheError
 from actcache.progress import format_bytes, format_count, format_duration
 from sae.evals import evaluate_many
@@ -84,8 +84,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=2_000_000, help="rows to harvest for training")
     parser.add_argument("--workers", type=int, default=2, help="Ray actors")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("actcache").setLevel(logging.INFO)
+    start_logging()
     start = time.monotonic()
     try:
         report = run(options.out, options.tokens, options.workers)

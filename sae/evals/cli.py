@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from actcache.cli import storage_option
 from actcache.errors import SpecError
 
 _COLUMNS = (  # heading, figure, format
@@ -80,6 +81,7 @@ def dataset_url(cfgs: Sequence[dict[str, Any]], given: str | None) -> str:
 )
 @click.option("--force", is_flag=True, help="Evaluate again even where the same result is stored.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as a JSON list on standard output.")
+@storage_option
 def eval_command(
     paths: tuple[Path, ...],
     url: str | None,
@@ -90,6 +92,7 @@ def eval_command(
     n_rows: int | None,
     force: bool,
     as_json: bool,
+    storage_options: dict[str, Any],
 ) -> None:
     """Evaluate the SAEs in PATHS: SAE directories, or run directories that hold them.
 
@@ -110,7 +113,7 @@ def eval_command(
         raise SpecError("--model and --no-model contradict each other; give one of them.")
     directories = [directory for path in paths for directory in find_saes(path)]
     saes = [sae.load(directory) for directory in directories]
-    ds = actcache.open(dataset_url([s.cfg for s in saes], url))
+    ds = actcache.open(dataset_url([s.cfg for s in saes], url), storage_options=storage_options)
     lm = None if no_model else model or ds.spec.model
     results = evaluate_many(saes, ds, lm, split, n_sequences=n_sequences, n_rows=n_rows, reuse=not force)
     if as_json:
