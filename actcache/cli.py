@@ -26,6 +26,9 @@ def run(
         return _fail(err.format_message(), err.exit_code)
     except (click.Abort, KeyboardInterrupt):
         return _fail(interrupted, 130)
+    except ModuleNotFoundError as err:
+        extra = "train" if prog.endswith("sae") else "harvest"
+        return _fail(f"this needs {err.name}, which is not installed: pip install 'actcache[{extra}]'", 1)
     except (ActcacheError, ValueError, OSError) as err:
         return _fail(str(err), 2 if isinstance(err, ValueError) else 1)
     return 0

@@ -210,7 +210,7 @@ class ObjectStore(Store):
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         path = self._path(key)
-        return _with_retries(lambda: bytes(self._fs.cat_file(path, start or None, stop)), self.url, key)
+        return _with_retries(lambda: bytes(self._fs.cat_file(path, start=start, end=stop)), self.url, key)
 
     def listing(self, prefix: str) -> list[Listed]:
         def find() -> list[Listed]:
