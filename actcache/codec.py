@@ -113,32 +113,43 @@ def calibrate(acts_ND: np.ndarray, precision: Precision) -> Calibration:
     core_MD = acts_ND[distance2_N <= radius2].astype(np.float64)
     mean_D = core_MD.mean(axis=0)
     core_variance = float(core_MD.var(axis=0).sum())
-    step = max(float(np.sqrt(12 * _MARGIN * precision.fvu * core_variance / acts_ND.shape[1])), _TINY_STEP)
-    calibration = Calibration(
-        offset_D=mean_D.astype(np.float32) if precision.quantised else np.zeros_like(median_D),
-        step=float(np.float32(step)) if precision.quantised else 0.0,
+    step, offset_D = 0.0, np.zeros_like(median_D)
+    if precision.quantised:
+        offset_D = mean_D.astype(np.float32)
+        step = _choose_step(core_MD.astype(np.float32), offset_D, core_variance, precision.fvu)
+    return Calibration(
+        offset_D=offset_D,
+        step=step,
         median_D=median_D,
         radius2=radius2,
         n_rows=len(acts_ND),
         n_core=len(core_MD),
         core_variance=core_variance,
     )
-    if precision.quantised and core_variance > 0:
-        _check_reachable(acts_ND[distance2_N <= radius2], calibration, precision)
-    return calibration
 
 
-def _check_reachable(core_MD: np.ndarray, calibration: Calibration, precision: Precision) -> None:
-    """Raise where int8 cannot hold the core rows at this step (single values dwarf their rows)."""
-    codes_MD, scale_M = quantise(core_MD, calibration.offset_D, calibration.step)
-    error_MD = decode(codes_MD, scale_M, calibration.offset_D, precision) - core_MD
-    noise = float(np.einsum("nd,nd->", error_MD, error_MD, dtype=np.float64))
-    fvu = noise / (calibration.core_variance * len(core_MD))
-    if fvu > precision.fvu and (scale_M != scale_M.dtype.type(calibration.step)).any():
-        raise SpecError(
-            f"int8 codes reach FVU {fvu:.2g} at this site, wanted {precision.fvu:g}: single values "
-            "dwarf their rows. Store it as bf16, or accept a larger fvu"
-        )
+def _choose_step(core_MD: np.ndarray, offset_D: np.ndarray, core_variance: float, fvu: float) -> float:
+    """The uniform step whose noise is `_MARGIN * fvu`; smaller where some core rows need a multiple of it.
+
+    Raises:
+        SpecError: no step keeps the noise, since single values dwarf their rows.
+    """
+    widest = max(float(np.sqrt(12 * _MARGIN * fvu * core_variance / core_MD.shape[1])), _TINY_STEP)
+    reached = np.inf
+    for shrink in (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5):
+        step = float(np.float32(widest * shrink))
+        codes_MD, scale_M = quantise(core_MD, offset_D, step)
+        if (scale_M == np.float32(step)).all():
+            return step
+        error_MD = codes_MD * scale_M[:, None] + offset_D - core_MD
+        noise = float(np.einsum("nd,nd->", error_MD, error_MD, dtype=np.float64))
+        reached = min(reached, noise / (core_variance * len(core_MD)))
+        if reached <= 0.98 * fvu:
+            return step
+    raise SpecError(
+        f"int8 codes reach FVU {reached:.2g} at this site, wanted {fvu:g}: single values dwarf their rows. "
+        "Store it as bf16, or accept a larger fvu"
+    )
 
 
 def quantise(acts_ND: np.ndarray, offset_D: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:

@@ -288,7 +288,7 @@ def _run(
     """Run the missing units and commit manifests as they come; raise if any failed for good."""
     pool.prepare()
     failed: list[tuple[Unit, BaseException]] = []
-    first_block = time.monotonic()
+    begun = time.monotonic()
     rows_done = 0
     last_compact = time.monotonic()
     total = sum(_unit_rows(state, u) for u in missing)
@@ -306,12 +306,12 @@ def _run(
             if now - last_compact > _COMPACT_EVERY_S or len(state.loose) >= _COMPACT_EVERY_BLOCKS:
                 _commit(state, {}, {}, complete=False)
                 last_compact = now
-    elapsed = time.monotonic() - first_block
+    elapsed = time.monotonic() - begun
     provenance = _provenance(job, workers) | {
         "rows": rows_done,
         "harvest_s": round(elapsed, 3),
         "rows_per_s": round(rows_done / elapsed, 1) if rows_done else 0.0,
-        "start_to_first_block_s": round(first_block - start, 3),
+        "startup_s": round(begun - start, 3),
     }
     known = state.manifest.fidelity if state.manifest else {}
     fidelity = {} if failed else pool.fidelity([site for site in job.sites if site not in known])

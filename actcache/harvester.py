@@ -8,7 +8,7 @@ Shapes: B sequences of an LM batch, T tokens, N rows, D = d_in.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -220,7 +220,9 @@ class Harvester:
             self._calibrations[site] = parse_calibration(self.store.read(key), f"{self.store.url}/{key}")
         return self._calibrations[site]
 
-    def _forward(self, input_ids_ST: np.ndarray, sites: Sequence[str]) -> Any:
+    def _forward(
+        self, input_ids_ST: np.ndarray, sites: Sequence[str]
+    ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Yield (first sequence, {site: float32 [B, T, D] numpy}) of each LM batch."""
         import torch
 
@@ -230,7 +232,8 @@ class Harvester:
             batch = input_ids_ST[start : start + self.job.lm_batch].astype(np.int64)
             with torch.inference_mode():
                 acts = run_capture(self.lm.model, torch.from_numpy(batch).to(self.job.device), list(sites))
-                yield start, {site: acts[site].float().cpu().numpy() for site in sites}
+                rows = {site: acts[site].float().cpu().numpy() for site in sites}
+            yield start, rows
 
     def _commit(
         self,

@@ -22,11 +22,14 @@ import pytest
 import zarr
 from numcodecs import zstd
 from tiny_harvest import tiny_spec
+from tiny_models import shared_model, tiny_model
 
 import actcache
+from actcache import families
 from actcache.order import permutation as our_permutation
 
-PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "format.md").read_text()
 SPLITS = ("train", "validation", "test")
 
 # The stranger's reader: section names of docs/format.md in the docstrings.
@@ -180,6 +183,44 @@ def test_every_precision_reads_by_its_recorded_line(lossless):
             assert np.array_equal(read_all(Path(lossless.url), split, site), ours)
 
 
+def token_streams(spec, identity):
+    """Token store, steps 1-3: the token ids of each split, from the corpus's files."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(spec.model)
+    rule = identity["corpus"]["split_rule"]
+    streams = {split: [] for split in SPLITS}
+    for path in sorted(Path(spec.corpus.source).parent.glob("*.txt")):
+        text = path.read_text()
+        u = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+        v = rule["validation_share"]
+        split = "validation" if u < v else "test" if u < v + rule["test_share"] else "train"
+        streams[split] += [*tokenizer(text, add_special_tokens=False)["input_ids"], identity["eos_token_id"]]
+    return streams
+
+
+def test_the_token_store_follows_from_the_text(tiny, directory):
+    dataset, spec, _ = tiny
+    (store,) = (directory.parent / "tokens").iterdir()
+    identity = newest_manifest(store)["identity"]
+    assert identity == dataset.manifest.identity["tokens"]
+    t, bos = identity["context_size"], identity["bos_token_id"]
+    for split, stream in token_streams(spec, identity).items():
+        group = zarr.open_group(str(store), mode="r")[split]
+        input_ids_ST, length_S, row_start = (group[k][:] for k in ("input_ids", "length", "row_start"))
+        perm = permutation(len(length_S), f"sequences/{identity['seed']}/{split}")
+        packed_ST = np.empty_like(input_ids_ST)
+        packed_ST[perm] = input_ids_ST
+        runs = [[bos, *stream[i : i + t - 1]] for i in range(0, len(stream), t - 1)]
+        padded = [run + [identity["eos_token_id"]] * (t - len(run)) for run in runs]
+        assert np.array_equal(packed_ST, padded)
+        assert np.array_equal(length_S, np.array([len(run) for run in runs])[perm])
+        kept_ST = (np.arange(t) < length_S[:, None]) & ~np.isin(input_ids_ST, identity["special_token_ids"])
+        assert np.array_equal(row_start, [0, *np.cumsum(kept_ST.sum(axis=1))])
+        copied = zarr.open_group(str(directory), mode="r")[split]["input_ids"][:]
+        assert np.array_equal(copied, input_ids_ST[: len(copied)])
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_which_token_a_row_is_follows_from_the_tokens_alone(tiny, directory, split):
     token_id, sequence, position = token_rows(directory, split)
@@ -295,16 +336,16 @@ def test_core_rows_keep_the_stated_noise_by_the_formulas_of_the_page(directory):
 # The page against a real dataset
 
 
-def section(title):
+def section(title, page=PAGE):
     """The text of one section of the page."""
-    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
-    assert found, f"docs/format.md has no section {title!r}"
+    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", page, re.M | re.S)
+    assert found, f"the page has no section {title!r}"
     return found[1]
 
 
-def tables(title):
-    """The section's tables: lists of rows, each a list of cells, header first."""
-    blocks = re.findall(r"(?:^\|.*\n)+", section(title), re.M)
+def tables(title, page=PAGE):
+    """The section's tables by their first header cell: lists of rows, each a list of cells, header first."""
+    blocks = re.findall(r"(?:^\|.*\n)+", section(title, page), re.M)
     rows = [[re.split(r" *(?<!\\)\| *", line.strip("| ")) for line in b.strip().split("\n")] for b in blocks]
     return {table[0][0]: [table[0], *table[2:]] for table in rows}
 
@@ -523,3 +564,16 @@ def test_the_sections_that_the_code_refers_to_exist():
     assert {"Identity", "Layout", "Shards", "Reading order"} <= named
     for name in named:
         section(name)
+
+
+def test_the_page_of_sites_has_every_name_family_and_glob_and_no_other():
+    page = (DOCS / "sites.md").read_text()
+    names = {row[0].strip("`").replace(".N.", ".{}.") for row in tables("Names", page)["name"][1:]}
+    gpt2 = families.site_names(shared_model("gpt2"))
+    assert {re.sub(r"^blocks\.\d+\.", "blocks.{}.", name) for name in gpt2} == names
+    types = re.findall(r"`(\w+)`", " ".join(row[0] for row in tables("Families", page)["`model_type`"][1:]))
+    assert sorted(types) == sorted(families._FAMILIES)
+    llama = tiny_model("llama", num_hidden_layers=9)
+    globs = [row[0].strip("`") for row in tables("Globs", page)["pattern"][1:]]
+    counts = [len(families.resolve_sites(llama, [glob])) for glob in globs]
+    assert counts == [9, 2, 5 * 5, 4, 13, 9]
