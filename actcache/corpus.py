@@ -26,7 +26,7 @@ from .order import permutation
 from .progress import Progress, format_count
 from .shard import array_metadata, decode_shard, encode_shard, group_metadata, shard_key
 from .spec import FORMAT, Corpus, Spec, canonical_json, digest, token_store_name
-from .store import Store
+from .store import Store, client_errors
 
 log = logging.getLogger(__name__)
 
@@ -395,7 +395,7 @@ def _find_files(source: str, options: Mapping[str, Any]) -> list[str]:
                     break
         else:
             files = sorted(f for f in fs.glob(path) if not fs.isdir(f))
-    except OSError as err:
+    except client_errors() as err:
         raise CorpusError(f"cannot list corpus {source!r}: {err}. Check the URL and the credentials") from err
     if not files:
         raise CorpusError(f"no file matches corpus {source!r}; give a file, a directory, a glob or a URL")
@@ -437,7 +437,7 @@ def _read_bytes(file: str, options: Mapping[str, Any]) -> bytes:
     fs, path = _filesystem(file, options)
     try:
         return bytes(fs.cat_file(path))
-    except OSError as err:
+    except client_errors() as err:
         raise CorpusError(f"cannot read corpus file {file}: {err}") from err
 
 

@@ -8,6 +8,7 @@ fsspec object stores, and a lock in `memory://`. The only mutable objects are `z
 import contextlib
 import os
 import random
+import sys
 import threading
 import time
 import uuid
@@ -191,6 +192,8 @@ class ObjectStore(Store):
                         raise FileExistsError(path)
                     self._fs.pipe_file(path, data, mode="overwrite" if self._in_memory else "create")
                 return True
+            except FileNotFoundError as err:
+                raise StoreError(f"{self.url} cannot be written: {err}. Does the bucket exist?") from None
             except OSError:
                 # 412 (as FileExistsError or EINVAL), 409, or a lost reply to a PUT that worked: look
                 found = self._look(path)
@@ -295,16 +298,20 @@ def _sync_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def _store_errors(url: str, key: str) -> Iterator[None]:
-    """Turn an OSError into a StoreError that says where; FileNotFoundError passes."""
+    """Turn a client's error into a StoreError that says where; FileNotFoundError passes."""
     try:
         yield
     except (FileNotFoundError, StoreError):
         raise
-    except OSError as err:
-        reason = err.strerror or str(err) or type(err).__name__
-        raise StoreError(
-            f"{url}/{key}: {reason}. Check the path, its permissions and the space left"
-        ) from err
+    except client_errors() as err:
+        reason = getattr(err, "strerror", None) or str(err) or type(err).__name__
+        raise StoreError(f"{url}/{key}: {reason}. Check the URL, permissions and the space left") from err
+
+
+def client_errors() -> tuple[type[Exception], ...]:
+    """What fsspec's file systems raise: OSError, and botocore's own once s3fs is in use."""
+    botocore = sys.modules.get("botocore.exceptions")
+    return (OSError, botocore.BotoCoreError, botocore.ClientError) if botocore else (OSError,)
 
 
 def _with_retries(work: Callable[[], T], url: str, key: str) -> T:
@@ -316,7 +323,8 @@ def _with_retries(work: Callable[[], T], url: str, key: str) -> T:
         except (FileNotFoundError, Conflict):
             raise
         except StoreError as err:
-            if isinstance(err.__cause__, PermissionError) or attempt == _RETRIES - 1:
+            transient = isinstance(err.__cause__, OSError) and not isinstance(err.__cause__, PermissionError)
+            if not transient or attempt == _RETRIES - 1:
                 raise
             time.sleep(min(0.1 * 2**attempt, 5.0) * (0.5 + random.random()))
     raise AssertionError("unreachable")

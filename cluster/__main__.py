@@ -57,7 +57,7 @@ def cli() -> None:
 @click.option("--dry-run", is_flag=True, help="Print what would be sent, without values of env, and stop.")
 @click.option("--follow", is_flag=True, help="Show the log until the end; exit non-zero if it fails.")
 def submit(run_toml: Path, dry_run: bool, follow: bool) -> None:
-    """Start the run in RUN_TOML, unless it is running or has succeeded.
+    """Start a run that is not running and has not succeeded.
 
     Its jobs are NAME-1, NAME-2, ...: one more whenever a failed, stopped or changed run is submitted.
     """
@@ -83,7 +83,7 @@ def submit(run_toml: Path, dry_run: bool, follow: bool) -> None:
 @_address_option
 @_json_option
 def status(run: str, attempt: int | None, as_json: bool) -> None:
-    """Show the state of RUN, the reason of a failure included."""
+    """Show the state of RUN, and why it failed."""
     found = _find(run, attempt)[1]
     if as_json:
         click.echo(_as_json(found))
@@ -109,7 +109,10 @@ def logs(run: str, follow: bool, attempt: int | None) -> None:
 @click.argument("run")
 @_address_option
 def stop(run: str) -> None:
-    """End RUN and wait until it has ended; what it stored stays, and submit goes on from there."""
+    """End RUN and wait until it has ended.
+
+    The command gets SIGTERM and half a minute to finish what it is doing; then it is killed.
+    """
     client, found = _find(run, None)
     ended = found if found.over else jobs.stop(client, found)
     click.echo(f"{ended.id} {'was already' if found.over else 'is'} {ended.status}")

@@ -133,7 +133,8 @@ def _from_values(values: dict[str, Any]) -> Run:
     for key in ("name", "command"):
         if key not in values:
             raise ConfigError(f"{key} is missing")
-    return Run(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return Run(**fixed)
 
 
 def _check_types(run: Run) -> None:

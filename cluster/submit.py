@@ -113,7 +113,7 @@ def request(run: Run, attempt: int | str) -> dict[str, Any]:
     """
     missing = [name for name in run.env if name not in os.environ]
     if missing:
-        raise ConfigError(f"{', '.join(missing)} of env not set here; export it, or take it out of env")
+        raise ConfigError(f"env names {', '.join(missing)}, not set here; export it or take it out of env")
     env_vars = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)} | {n: os.environ[n] for n in run.env}
     runtime_env: dict[str, Any] = {"env_vars": env_vars}
     if run.working_dir is not None:

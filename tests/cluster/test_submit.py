@@ -1,0 +1,215 @@
+"""Runs on a real Ray cluster with a real job server: submitted, followed, stopped, resumed."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from cluster.config import Run
+from cluster.submit import ClusterError, attempts, connect, submit
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+ROOT = Path(__file__).parents[2]
+
+
+def free_ports(n):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def pids_naming(text):
+    """Processes with `text` in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if text in path.read_bytes().decode(errors="replace"):
+                found.append(int(path.parent.name))
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Environment of a submitter to a cluster of one node; its own ports, session directory and HOME."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as directory:
+        port, dashboard, agent, client = free_ports(4)
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        environment |= {"RAY_AUTH_MODE": "disabled", "HOME": directory, "RAY_enable_metrics_collection": "0"}
+        options = {"port": port, "dashboard-port": dashboard, "dashboard-agent-listen-port": agent}
+        options |= {"ray-client-server-port": client, "temp-dir": directory, "num-cpus": 4}
+        options |= {"node-ip-address": "127.0.0.1", "dashboard-host": "127.0.0.1"}
+        options |= {"object-store-memory": 100 * 1024**2}
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+        command += ["--disable-usage-stats", *(f"--{name}={value}" for name, value in options.items())]
+        with open(f"{directory}/out", "w") as out:
+            head = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            address = f"http://127.0.0.1:{dashboard}"
+            _wait_for(f"{address}/api/jobs/", head, Path(directory) / "out")
+            yield environment | {"RAY_API_SERVER_ADDRESS": address}
+        finally:
+            head.terminate()
+            head.wait(timeout=60)
+            _wait_until_gone(directory)
+
+
+def _wait_for(url, head, out):
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            return urllib.request.urlopen(url, timeout=5).read()
+        except OSError:
+            assert head.poll() is None, out.read_text()
+            assert time.monotonic() < deadline, out.read_text()
+            time.sleep(0.5)
+
+
+def _wait_until_gone(directory):
+    deadline = time.monotonic() + 30
+    while pids := pids_naming(directory):
+        if time.monotonic() > deadline:
+            for pid in pids:
+                os.kill(pid, 9)
+            pytest.fail(f"Ray left processes behind: {pids}")
+        time.sleep(0.2)
+
+
+def cli(cluster, *arguments):
+    command = [sys.executable, "-m", "cluster", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=300)
+
+
+def write_run(directory, name, *command, **fields):
+    lines = {"name": name, "command": list(command), "python": sys.executable} | fields
+    path = directory / f"{name}.toml"
+    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in lines.items()))
+    return path
+
+
+def statuses(cluster, name):
+    lines = map(json.loads, cli(cluster, "list", "--json").stdout.splitlines())
+    return {line["id"]: line["status"] for line in lines if line["run"] == name}
+
+
+def wait_for_file(path, timeout_s=60):
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} has not appeared"
+        time.sleep(0.1)
+
+
+def test_a_run_with_its_own_code_and_environment_is_followed_to_its_end(cluster, tmp_path):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/greet.py").write_text("import os\nprint('hello', os.environ['GREETED'])\n")
+    path = write_run(tmp_path, "greet", "python", "-m", "greet", env=["GREETED"], working_dir="code")
+    environment = cluster | {"GREETED": "wor" + "ld"}
+
+    done = cli(environment, "submit", path, "--follow")
+    assert done.returncode == 0, done.stderr
+    assert "submitted greet-1" in done.stdout
+    assert "hello world\n" in done.stdout
+    assert done.stdout.endswith("greet-1 SUCCEEDED\n")
+    assert "hello world\n" in cli(cluster, "logs", "greet").stdout
+    assert json.loads(cli(cluster, "status", path, "--json").stdout)["status"] == "SUCCEEDED"
+
+    again = cli(environment, "submit", path)
+    assert (again.returncode, again.stdout.split(";")[0]) == (0, "greet-1 has succeeded already")
+    assert statuses(cluster, "greet") == {"greet-1": "SUCCEEDED"}
+
+
+def test_a_failed_run_is_one_line_and_submitting_it_again_is_the_next_attempt(cluster, tmp_path):
+    marker = tmp_path / "marker"
+    code = f"import pathlib, sys; p = pathlib.Path({str(marker)!r}); sys.exit(0 if p.exists() else 7)"
+    path = write_run(tmp_path, "flaky", "python", "-c", code)
+    failed = cli(cluster, "submit", path, "--follow")
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("error: flaky-1 FAILED: Job entrypoint command failed with exit code 7")
+    assert failed.stderr.count("\n") == 1
+    marker.touch()
+    assert cli(cluster, "submit", path, "--follow").stdout.endswith("flaky-2 SUCCEEDED\n")
+    assert statuses(cluster, "flaky") == {"flaky-1": "FAILED", "flaky-2": "SUCCEEDED"}
+
+
+def test_a_running_run_is_not_submitted_twice_and_stop_lets_it_finish_its_work(cluster, tmp_path):
+    started, drained = tmp_path / "started", tmp_path / "drained"
+    code = (
+        "import pathlib, signal, sys, time\n"
+        f"def drain(*_): time.sleep(5); pathlib.Path({str(drained)!r}).touch(); sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, drain)\n"
+        f"pathlib.Path({str(started)!r}).touch()\n"
+        "time.sleep(600)\n"
+    )
+    path = write_run(tmp_path, "long", "python", "-c", code)
+    assert cli(cluster, "submit", path).returncode == 0
+    wait_for_file(started)
+    again = cli(cluster, "submit", path)
+    assert again.returncode == 1
+    assert again.stderr.startswith("error: long-1 is RUNNING; ")
+
+    stopped = cli(cluster, "stop", "long")
+    assert (stopped.returncode, stopped.stdout) == (0, "long-1 is STOPPED\n")
+    assert drained.exists()  # 5 s of work, which Ray's own 3 s would have cut off
+    assert cli(cluster, "stop", "long").stdout == "long-1 was already STOPPED\n"
+
+    changed = write_run(tmp_path, "long", "python", "-c", "print('done')")
+    assert cli(cluster, "submit", changed, "--follow").stdout.endswith("long-2 SUCCEEDED\n")
+    assert cli(cluster, "submit", path).stdout.startswith("submitted long-3")  # not what long-2 did
+    assert cli(cluster, "stop", "long").returncode == 0
+    assert "done\n" in cli(cluster, "logs", "long", "--attempt", 2).stdout
+
+
+def test_two_submitters_at_once_make_one_attempt(cluster, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    client = connect(cluster["RAY_API_SERVER_ADDRESS"])
+    run = Run(name="race", command=("python", "-c", "import time; time.sleep(3)"), python=sys.executable)
+    results, barrier = [], threading.Barrier(2)
+
+    def one():
+        barrier.wait()
+        try:
+            results.append(submit(client, run)[0].id)
+        except ClusterError as err:
+            results.append(str(err))
+
+    threads = [threading.Thread(target=one) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results, key=len)[0] == "race-1"
+    assert "already exists" in max(results, key=len) or "race-1 is" in max(results, key=len)
+    assert [a.id for a in attempts(client, "race")] == ["race-1"]
+
+
+def test_a_harvest_runs_on_the_cluster(cluster, tmp_path):
+    root = tmp_path / "acts"
+    options = {"root": root, "tokens": 2000, "max-tokens": 60_000, "context-size": 32, "block-rows": 2048}
+    options |= {"workers": 2, "engine": "ray"}
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    path = write_run(tmp_path, "harvest", "actcache", "harvest", *arguments)
+    done = cli(cluster, "submit", path, "--follow")
+    assert done.returncode == 0, done.stdout + done.stderr
+    command = [sys.executable, "-m", "actcache", "ls", str(root), "--json"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert json.loads(listed)["state"] == "complete"
+
+
+def test_what_the_cluster_does_not_have_is_one_line(cluster):
+    done = cli(cluster, "status", "nothing")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("error: this cluster knows no run 'nothing'")
+    unreachable = cli(cluster, "list", "--address", f"http://127.0.0.1:{free_ports(1)[0]}")
+    assert unreachable.returncode == 1
+    assert unreachable.stderr.startswith("error: Failed to connect to Ray at address")
