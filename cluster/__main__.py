@@ -1,6 +1,7 @@
 """`python -m cluster`: submit, status, logs, stop, list. Exit codes: 0, 1 failed, 2 usage, 130 interrupted."""
 
 import json
+import logging
 import os
 import sys
 import time
@@ -140,9 +141,10 @@ def _find(run: str, number: int | None) -> tuple[Any, jobs.Attempt]:
 
 
 def _follow(client: Any, attempt: jobs.Attempt) -> None:
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # "WebSocket closed"
     ended = jobs.follow(client, attempt, lambda text: click.echo(text, nl=False))
     if ended.status != "SUCCEEDED":
-        reason = ended.message.strip().splitlines() or [""]
+        reason = ended.message.partition(", last available logs")[0].strip().splitlines() or [""]
         raise jobs.ClusterError(f"{ended.id} {ended.status}: {reason[0]}")
     click.echo(f"{ended.id} SUCCEEDED")
 

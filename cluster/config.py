@@ -24,8 +24,8 @@ _SECRET = re.compile(
     r"|\beyJ[\w-]{8,}\.[\w-]{8,}"  # JSON web token
     r"|-----BEGIN [A-Z ]*PRIVATE KEY"
     r"|://[^/\s:@]*:[^/\s@]+@"  # a URL with a password
-    r"|(?<![A-Za-z0-9/+])(?=(?:[a-z0-9/+]*[A-Z]){5})(?=(?:[A-Za-z/+]*\d){2})[A-Za-z0-9/+]{40}"
-    r"(?![A-Za-z0-9/+=])"  # AWS secret key; a git hash and most paths have no five capitals
+    r"|(?<![A-Za-z0-9/+])(?=(?:[a-z0-9/+]*[A-Z]){8})(?=[A-Za-z/+]*\d)[A-Za-z0-9/+]{40}"
+    r"(?![A-Za-z0-9/+=])"  # AWS secret key; a git hash and most paths have no eight capitals
     # secret=..., --api-key=...; "tokens" is another word, and short values (true, null, 8) are settings
     rf"|(?i:{_SECRET_WORD}[\"']?\s*[=:]\s*[\"']?[^\s\"']{{8,}})"
 )

@@ -2,7 +2,8 @@
 
 A run's attempts are the jobs <run>-1, <run>-2, ...; the job server is the only record of them. Ray
 runs a job once, so retrying is ours: submitting again makes the next attempt, and the command itself
-resumes (harvest and train do). Values of environment variables go to the server and nowhere else.
+resumes (harvest and train do). Nothing is written on the submitter's side. On the cluster, Ray 2.60
+writes the values of a job's environment variables into its nodes' runtime_env_agent.log (measured).
 """
 
 import asyncio
@@ -207,4 +208,6 @@ def _one_kind_of_error() -> Iterator[None]:
         yield
     except (OSError, RuntimeError, ValueError, ClientError, RayError) as err:
         text = " ".join(str(err).split()) or type(err).__name__
+        if type(err).__name__ == "AuthenticationError":  # Ray has it since 2.52
+            text = "the cluster wants its token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
         raise ClusterError(text if len(text) <= 600 else f"{text[:300]} ... {text[-300:]}") from err
