@@ -20,11 +20,12 @@ from typing import Any
 import fsspec
 import numpy as np
 
+from .commit import create_exact_shard
 from .errors import CorpusError, FormatError, SpecError
 from .manifest import SPLITS, check_format
 from .order import permutation
 from .progress import Progress, format_count
-from .shard import array_metadata, decode_shard, encode_shard, group_metadata, shard_key
+from .shard import array_metadata, decode_shard, group_metadata, shard_key
 from .spec import FORMAT, Corpus, Spec, canonical_json, digest, token_store_name
 from .store import Store, client_errors
 
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _SHARD_SEQUENCES = 4096
 _CHUNK_SEQUENCES = 256
+_ARRAY = {"chunk_rows": _CHUNK_SEQUENCES, "shard_rows": _SHARD_SEQUENCES, "fill": 0}
 _BATCH_DOCUMENTS = 64
 _JSONL = (".jsonl", ".jsonl.gz", ".ndjson")
 
@@ -79,8 +81,8 @@ class ResolvedCorpus:
             "max_tokens": corpus.max_tokens,
             "split_rule": {
                 "by": "sha256 of the content",
-                "validation_share": corpus.validation_share,
-                "test_share": corpus.test_share,
+                "validation_share": float(corpus.validation_share),
+                "test_share": float(corpus.test_share),
             },
         }
 
@@ -335,8 +337,7 @@ def _write_split(
         arrays[path] = {"shape": list(values.shape), "dtype": values.dtype.str}
         for shard in range(-(-len(values) // _SHARD_SEQUENCES)):
             rows = values[shard * _SHARD_SEQUENCES : (shard + 1) * _SHARD_SEQUENCES]
-            data, _ = encode_shard(rows, _CHUNK_SEQUENCES, _SHARD_SEQUENCES, 0)
-            store.create(shard_key(path, shard, values.ndim), data)
+            create_exact_shard(store, path, shard, rows, _ARRAY)
         metadata = array_metadata(values.shape, _SHARD_SEQUENCES, _CHUNK_SEQUENCES, values.dtype, 0, {})
         store.create(f"{path}/zarr.json", canonical_json(metadata).encode())
     log.info("%s: %s sequences, %s rows", split, format_count(len(length_S)), format_count(row_start[-1]))

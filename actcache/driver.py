@@ -19,10 +19,11 @@ import numpy as np
 
 from .catalog import find_dataset
 from .codec import Precision
+from .commit import create_exact_shard
 from .corpus import ResolvedCorpus, TokenStore, resolve_corpus, tokenise, tokens_identity
 from .errors import ActcacheError, Conflict, HarvestError, SpecError, WorkerLost
 from .harvester import Harvester, Job
-from .layout import calibration_key, offset_objects, parse_calibration, zarr_metadata
+from .layout import calibration_key, offset_arrays, parse_calibration, zarr_metadata
 from .manifest import (
     SPLITS,
     BlockRecord,
@@ -37,7 +38,7 @@ from .manifest import (
     write_segment,
 )
 from .progress import Progress
-from .spec import FORMAT, Spec, canonical_json, dataset_name, digest
+from .spec import FORMAT, Spec, canonical_json, dataset_name, digest, shown_source
 from .store import Store, open_store
 
 if TYPE_CHECKING:
@@ -162,12 +163,14 @@ def harvest(
     found = find_dataset(base, resolved.id)
     name = found or dataset_name(resolved.identity, spec.corpus.source)
     store = base.sub(name)
-    if found is None:
-        _write_identity(store, resolved)  # also shows at once whether the root can be written
+    _claim(store, resolved)  # also shows at once whether the root can be written
     tokens = tokenise(spec, resolved.corpus, resolved.tokenizer, base, progress=progress)
     state = _State(store, resolved, tokens)
     missing = state.missing()
     if state.covered():
+        assert state.manifest is not None
+        if not _metadata_is_current(store, state.manifest):
+            _write_metadata(store)  # a driver died between its manifest and the Zarr metadata
         log.info("cache hit: %s holds all that was asked for, nothing to compute", name)
         return open_dataset(store.url, storage_options=storage_options)
     job = Job(
@@ -286,7 +289,7 @@ def _run(
     progress: bool,
 ) -> None:
     """Run the missing units and commit manifests as they come; raise if any failed for good."""
-    pool.prepare()
+    attention = pool.prepare()
     failed: list[tuple[Unit, BaseException]] = []
     begun = time.monotonic()
     rows_done = 0
@@ -308,6 +311,7 @@ def _run(
                 last_compact = now
     elapsed = time.monotonic() - begun
     provenance = _provenance(job, workers) | {
+        "attention": attention,
         "rows": rows_done,
         "harvest_s": round(elapsed, 3),
         "rows_per_s": round(rows_done / elapsed, 1) if rows_done else 0.0,
@@ -368,7 +372,7 @@ def _commit(
             version=before.version + 1 if before else 1,
             id=state.resolved.id,
             identity=state.resolved.identity,
-            source=spec.corpus.source.split("?")[0],
+            source=shown_source(spec.corpus.source),
             splits=state.split_sizes(sites),
             sites=sites,
             segments=(*(before.segments if before else ()), *([segment] if segment else ())),
@@ -386,21 +390,46 @@ def _commit(
             state.manifest, state.loose = manifest, []
             break
         state.refresh()
-    calibrations = {site: parse_calibration(data, site) for site, data in raw.items()}
-    for key, data in offset_objects(manifest, calibrations):
-        store.create(key, data)
-    for key, data in zarr_metadata(manifest).items():
-        store.replace(key, data)
+    _write_metadata(store)
 
 
-def _write_identity(store: Store, resolved: Resolved) -> None:
-    """Claim the prefix: `_identity.json` is created first and must be ours."""
+def _write_metadata(store: Store) -> None:
+    """Bring offsets and `zarr.json` to the newest manifest; the root's `zarr.json` comes last.
+
+    Whoever commits a version checks afterwards that none came meanwhile, so the last word is that of
+    the newest version and no shape stays shrunk.
+    """
+    while True:
+        manifest = read_manifest(store)
+        for path, site, array in offset_arrays(manifest):
+            calibration = parse_calibration(store.read(calibration_key(site)), site)
+            create_exact_shard(store, path, 0, calibration.offset_D, array)
+        for key, data in zarr_metadata(manifest).items():
+            store.replace(key, data)
+        if latest_version(store) == manifest.version:
+            return
+
+
+def _metadata_is_current(store: Store, manifest: Manifest) -> bool:
+    """Whether the last write of `_write_metadata` for this version happened: one request."""
     try:
-        store.create("_identity.json", canonical_json(resolved.identity).encode())
-    except Conflict:
+        return store.read("zarr.json") == zarr_metadata(manifest)["zarr.json"]
+    except FileNotFoundError:
+        return False
+
+
+def _claim(store: Store, resolved: Resolved) -> None:
+    """Make the prefix ours: `_identity.json` is created first, or is there and says the same."""
+    wanted = canonical_json(resolved.identity).encode()
+    try:
+        found = store.read("_identity.json")
+    except FileNotFoundError:
+        store.create("_identity.json", wanted)
+        return
+    if found != wanted:
         raise Conflict(
             f"{store.url} belongs to another dataset (its _identity.json differs); use another root"
-        ) from None
+        )
 
 
 # Engines: where Harvesters run
@@ -411,8 +440,8 @@ class Engine(Protocol):
 
     def __enter__(self) -> "Engine": ...
     def __exit__(self, *exc: object) -> None: ...
-    def prepare(self) -> None:
-        """Load the LM and calibrate the sites."""
+    def prepare(self) -> str:
+        """Load the LM and calibrate the sites; returns the attention kernel that the LM runs."""
 
     def free(self) -> bool: ...
     def busy(self) -> bool: ...
@@ -435,9 +464,10 @@ class LocalEngine:
     def __exit__(self, *exc: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def prepare(self) -> None:
+    def prepare(self) -> str:
         self._harvester = Harvester(self._job)
         self._harvester.calibrate()
+        return self._harvester.attention()
 
     def free(self) -> bool:
         return len(self._running) < 2
@@ -491,9 +521,10 @@ class RayEngine:
         if self._started:
             self._ray.shutdown()
 
-    def prepare(self) -> None:
+    def prepare(self) -> str:
         self._actors = [self._new_actor() for _ in range(self._workers)]
         self._call(self._actors[0].calibrate.remote())
+        return str(self._call(self._actors[0].attention.remote()))
 
     def free(self) -> bool:
         return len(self._running) < 2 * self._workers
@@ -577,7 +608,6 @@ def _provenance(job: Job, workers: int) -> dict[str, Any]:
         "device": job.device,
         "lm_batch": job.lm_batch,
         "workers": workers,
-        "attention": "sdpa",
     }
 
 

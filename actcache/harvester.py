@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from .codec import Calibration, Precision, Statistics, calibrate, decode, encode, merge
+from .commit import create_exact_shard, create_shard
 from .corpus import TokenStore, kept_tokens, open_tokens
 from .errors import Conflict, NonFiniteActivation
 from .layout import array_layout, calibration_json, calibration_key, parse_calibration, sequences_per_shard
 from .manifest import BlockRecord, ObjectRecord
 from .order import permutation
-from .shard import crc32c, decode_shard, encode_shard, index_size, parse_index, shard_key
+from .shard import Chunks, chunk_checksums
 from .store import Store, open_store
 
 CALIBRATION_SEQUENCES = 256
@@ -171,6 +172,10 @@ class Harvester:
         statistics = {site: merge(parts[site]) for site in sites}
         return self._commit(plan, codes, scales, statistics)
 
+    def attention(self) -> str:
+        """The attention kernel that the LM runs: provenance."""
+        return self.lm.attn_implementation
+
     def fidelity(self, site: str) -> dict[str, float]:
         """CE of the LM on held-out sequences, clean and with the stored values spliced in at `site`."""
         import torch
@@ -245,20 +250,26 @@ class Harvester:
         layout = array_layout(self.job.identity, {site: self.d_in[site] for site in codes})
         objects: list[ObjectRecord] = []
 
-        def write(path: str, shard: int, values: np.ndarray) -> np.ndarray:
-            record, stored = self._write_shard(f"{plan.split}/{path}", shard, values, layout[path])
-            objects.append(record)
-            return stored
+        def note(path: str, shard: int, data: bytes, chunks: Chunks, constant: float | None = None) -> None:
+            offsets, sizes = zip(*chunks, strict=True)
+            checksums = tuple(chunk_checksums(data, chunks))
+            objects.append(
+                ObjectRecord(f"{plan.split}/{path}", shard, len(data), offsets, sizes, checksums, constant)
+            )
+
+        def write(path: str, shard: int, values: np.ndarray) -> None:
+            data, chunks = create_exact_shard(self.store, f"{plan.split}/{path}", shard, values, layout[path])
+            constant = float(values[0]) if path.endswith("/scale") and (values == values[0]).all() else None
+            note(path, shard, data, chunks, constant)
 
         for site, codes_ND in codes.items():
             if self.precision.quantised:
-                stored = write(f"{site}/scale", plan.block, scales[site])
-                if not np.array_equal(stored, scales[site]):
-                    raise Conflict(
-                        f"{self.store.url}: the scales of block {plan.block} of {plan.split} at {site} were stored "
-                        "by a run whose rounding differs. Delete that block's shards (`actcache verify` names them)"
-                    )
-            stored = write(f"{site}/codes", plan.block, codes_ND)
+                write(f"{site}/scale", plan.block, scales[site])
+            path = f"{site}/codes"
+            data, chunks, stored = create_shard(
+                self.store, f"{plan.split}/{path}", plan.block, codes_ND, layout[path]
+            )
+            note(path, plan.block, data, chunks)
             if stored is not codes_ND:
                 statistics[site] = self._statistics_of_stored(site, stored, scales[site], statistics[site])
         sequence_N, position_N = np.nonzero(plan.chosen_ST)
@@ -287,34 +298,11 @@ class Harvester:
         """The `input_ids` shards that this block writes: those whose first sequence has its first row here."""
         per_shard = sequences_per_shard(self.job.identity)
         row_start = self.tokens.row_start(plan.split)
-        begin = plan.block * self.job.identity["block_rows"]
-        for shard in range(plan.first_sequence // per_shard, -(-plan.last_sequence // per_shard)):
+        begin = int(np.searchsorted(row_start, plan.block * self.job.identity["block_rows"], side="left"))
+        for shard in range(-(-begin // per_shard), -(-plan.last_sequence // per_shard)):
             first = shard * per_shard
-            if begin <= row_start[first] < begin + plan.n_rows:
-                last = min(first + per_shard, self.tokens.n_sequences(plan.split))
-                yield shard, *self.tokens.sequences(plan.split, first, last)
-
-    def _write_shard(
-        self, path: str, shard: int, values: np.ndarray, array: Mapping[str, Any]
-    ) -> tuple[ObjectRecord, np.ndarray]:
-        """Create a shard, or adopt a valid one that is there. Returns its record and what is stored."""
-        fill = np.nan if array["fill"] == "NaN" else array["fill"]
-        data, chunks = encode_shard(values, array["chunk_rows"], array["shard_rows"], fill)
-        key = shard_key(path, shard, values.ndim)
-        try:
-            self.store.create(key, data)
-        except Conflict:
-            data = self.store.read(key)
-            chunk_shape = (array["chunk_rows"], *values.shape[1:])
-            where = f"{self.store.url}/{key}"
-            values = decode_shard(data, len(values), chunk_shape, array["shard_rows"], values.dtype, where)
-            n_chunks = array["shard_rows"] // array["chunk_rows"]
-            chunks = parse_index(data[-index_size(n_chunks) :], n_chunks, where)
-        constant = None
-        if path.endswith("/scale") and (values == values[0]).all():
-            constant = float(values[0])
-        offsets, sizes = zip(*chunks, strict=True)
-        return ObjectRecord(path, shard, len(data), crc32c(data), offsets, sizes, constant), values
+            last = min(first + per_shard, self.tokens.n_sequences(plan.split))
+            yield shard, *self.tokens.sequences(plan.split, first, last)
 
     def _statistics_of_stored(
         self, site: str, codes_ND: np.ndarray, scale_N: np.ndarray, ours: Statistics

@@ -16,10 +16,11 @@ import numpy as np
 from .codec import Calibration, Precision
 from .errors import CorruptObject
 from .manifest import Manifest, check_format
-from .shard import array_metadata, encode_shard, group_metadata, shard_key
+from .shard import array_metadata, group_metadata
 from .spec import FORMAT, canonical_json
 
 _SEQUENCE_CHUNK = 64
+_BF16_NAN = 0x7FC0
 
 
 def sequences_per_shard(identity: Mapping[str, Any]) -> int:
@@ -38,7 +39,7 @@ def array_layout(identity: Mapping[str, Any], d_in: Mapping[str, int]) -> dict[s
     by_row = {"shard_rows": identity["block_rows"], "chunk_rows": identity["chunk_rows"]}
     by_sequence = {"shard_rows": sequences_per_shard(identity), "chunk_rows": _SEQUENCE_CHUNK}
     token = np.dtype("<u2" if identity["tokens"]["vocab_size"] <= 2**16 else "<u4")
-    fill = -128 if precision.quantised else 0 if precision.kind == "bf16" else "NaN"
+    fill = -128 if precision.quantised else _BF16_NAN if precision.kind == "bf16" else "NaN"
     context_size = identity["tokens"]["context_size"]
     layout: dict[str, dict[str, Any]] = {
         "token_id": {"row": (), "dtype": token, "fill": 0, **by_row},
@@ -91,16 +92,13 @@ def zarr_metadata(manifest: Manifest) -> dict[str, bytes]:
     return {key: canonical_json(value).encode() for key, value in out.items()}
 
 
-def offset_objects(
-    manifest: Manifest, calibrations: Mapping[str, Calibration]
-) -> Iterator[tuple[str, bytes]]:
-    """Key and bytes of each split's copy of each site's offset."""
+def offset_arrays(manifest: Manifest) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Path, site and layout of each split's copy of each site's offset: one shard of one chunk."""
     if Precision.parse(manifest.identity["precision"]).quantised:
         for split in manifest.splits:
             for site, extent in manifest.sites.items():
-                offset_D = calibrations[site].offset_D
-                data, _ = encode_shard(offset_D, extent.d_in, extent.d_in, np.nan)
-                yield shard_key(f"{split}/{site}/offset", 0, 1), data
+                array = {"chunk_rows": extent.d_in, "shard_rows": extent.d_in, "fill": "NaN"}
+                yield f"{split}/{site}/offset", site, array
 
 
 def n_shards(manifest: Manifest, split: str, path: str) -> int:

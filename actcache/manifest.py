@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from .codec import Statistics
 from .errors import Conflict, CorruptObject, FormatError, NotADataset
-from .spec import FORMAT, digest
+from .spec import FORMAT, canonical_json, digest
 from .store import Store
 
 SPLITS = ("train", "validation", "test")
@@ -37,11 +37,11 @@ class ObjectRecord:
     """Path of the array in the dataset, e.g. `train/blocks.3.hook_resid_post/codes`."""
     shard: int
     size_bytes: int
-    crc32c: int
-    """Of the whole object."""
     chunk_offset: tuple[int, ...]
     chunk_nbytes: tuple[int, ...]
     """0 where the chunk is absent (past the last row of a short block)."""
+    chunk_crc32c: tuple[int, ...]
+    """The checksum that ends each chunk; 0 where it is absent."""
     constant: float | None = None
     """The value of every element, where they are all equal (the usual scale): no need to read it."""
 
@@ -75,7 +75,7 @@ class BlockRecord:
             "objects": [asdict(o) for o in self.objects],
             "statistics": {site: _statistics_json(s) for site, s in sorted(self.statistics.items())},
         }
-        return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+        return canonical_json(value).encode()
 
     @classmethod
     def from_json(cls, data: bytes, key: str) -> "BlockRecord":
@@ -98,6 +98,7 @@ class BlockRecord:
                             **o,
                             "chunk_offset": tuple(o["chunk_offset"]),
                             "chunk_nbytes": tuple(o["chunk_nbytes"]),
+                            "chunk_crc32c": tuple(o["chunk_crc32c"]),
                         }
                     )
                     for o in value["objects"]
@@ -133,15 +134,15 @@ _OBJECTS = pa.schema(
         ("path", pa.string()),
         ("shard", pa.int64()),
         ("size_bytes", pa.int64()),
-        ("crc32c", pa.uint32()),
         ("chunk_offset", pa.list_(pa.int64())),
         ("chunk_nbytes", pa.list_(pa.int64())),
+        ("chunk_crc32c", pa.list_(pa.uint32())),
         ("constant", pa.float64()),
     ]
 )
 _STATISTICS = pa.schema(
     [("split", pa.string()), ("block", pa.int64()), ("site", pa.string()), ("sites", pa.string())]
-    + [("block_rows", pa.int64()), ("n_sequences", pa.int64())]
+    + [("n_sequences", pa.int64())]
     + [
         (f.name, pa.binary() if f.name.endswith("_D") else pa.int64() if f.type is int else pa.float64())
         for f in fields(Statistics)
@@ -168,7 +169,7 @@ def write_segment(store: Store, records: Sequence[BlockRecord]) -> Segment:
         objects += [{"split": r.split, "block": r.block, "sites": sites, **asdict(o)} for o in r.objects]
         for site, s in sorted(r.statistics.items()):
             row = {"split": r.split, "block": r.block, "site": site, "sites": sites}
-            row |= {"block_rows": r.n_rows, "n_sequences": r.n_sequences}
+            row |= {"n_sequences": r.n_sequences}
             for f in fields(s):
                 value = getattr(s, f.name)
                 row[f.name] = value.astype("<f8").tobytes() if f.name.endswith("_D") else value
@@ -204,11 +205,11 @@ class ShardTable:
     path: str
     size_bytes: np.ndarray
     """int64 [shards]."""
-    crc32c: np.ndarray
-    """uint32 [shards], of whole objects."""
     chunk_offset: np.ndarray
     """int64 [shards, chunks per shard]."""
     chunk_nbytes: np.ndarray
+    chunk_crc32c: np.ndarray
+    """uint32 [shards, chunks per shard]."""
     constant: np.ndarray
     """float64 [shards], NaN where the shard is not constant."""
 
@@ -235,8 +236,14 @@ def shard_tables(objects: pa.Table, split: str, n_shards: Mapping[str, int]) -> 
             raise FormatError(
                 f"the chunk tables of {path} have {widths.min()}..{widths.max()} entries; wanted one length"
             )
-        offset = pa.compute.list_flatten(taken["chunk_offset"]).to_numpy().reshape(n, width)
-        nbytes = pa.compute.list_flatten(taken["chunk_nbytes"]).to_numpy().reshape(n, width)
+        offset = pa.compute.list_flatten(taken["chunk_offset"]).to_numpy()
+        nbytes = pa.compute.list_flatten(taken["chunk_nbytes"]).to_numpy()
+        checksums = pa.compute.list_flatten(taken["chunk_crc32c"]).to_numpy()
+        if len(checksums) != n * width or nbytes.size != n * width:
+            raise FormatError(
+                f"the chunk tables of {path} differ in length; the manifest is damaged or hostile"
+            )
+        offset, nbytes, checksums = (a.reshape(n, width) for a in (offset, nbytes, checksums))
         size = taken["size_bytes"].to_numpy()
         if n and ((offset < 0).any() or (nbytes < 0).any() or ((offset + nbytes) > size[:, None]).any()):
             raise FormatError(
@@ -245,9 +252,9 @@ def shard_tables(objects: pa.Table, split: str, n_shards: Mapping[str, int]) -> 
         tables[path] = ShardTable(
             path=path,
             size_bytes=size,
-            crc32c=taken["crc32c"].to_numpy(),
             chunk_offset=offset,
             chunk_nbytes=nbytes,
+            chunk_crc32c=checksums,
             constant=taken["constant"].to_numpy(zero_copy_only=False).astype(np.float64),
         )
     return tables
@@ -316,7 +323,7 @@ class Manifest:
     def to_json(self) -> bytes:
         value = {"format": FORMAT, **asdict(self)}
         value["digest"] = digest(value)
-        return json.dumps(value, sort_keys=True, indent=1).encode()
+        return canonical_json(value).encode()
 
 
 def manifest_key(version: int) -> str:
@@ -348,7 +355,12 @@ def read_manifest(store: Store, version: int | None = None) -> Manifest:
             f"no committed actcache dataset at {store.url}; check the URL (`actcache ls` lists a prefix), or harvest it"
         )
     key = manifest_key(version)
-    return parse_manifest(_read_committed(store, key), f"{store.url}/{key}")
+    manifest = parse_manifest(_read_committed(store, key), f"{store.url}/{key}")
+    if manifest.version != version:
+        raise FormatError(
+            f"{store.url}/{key} says it is version {manifest.version}; it was copied or renamed"
+        )
+    return manifest
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
@@ -366,6 +378,8 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         value["sites"] = {_checked_site(s): SiteExtent(**e) for s, e in value["sites"].items()}
         value["segments"] = tuple(Segment(**s) for s in value["segments"])
         manifest = Manifest(**value)
+        if manifest.id != digest(manifest.identity):
+            raise ValueError("the id is not the digest of the identity")
         _check_sizes(manifest)
     except (TypeError, KeyError, ValueError, AttributeError) as err:
         raise FormatError(f"{where} is not a manifest of format {FORMAT}: {err}") from err

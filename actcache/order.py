@@ -1,6 +1,6 @@
 """Every permutation of the project: sequences, rows in a block, and the order a reader serves.
 
-All are `permutation(n, *key)`: the ranks of n SplitMix64 outputs. The outputs are distinct (the
+All are `permutation(n, *key)`: the argsort of n SplitMix64 outputs. The outputs are distinct (the
 generator is a bijection on 64-bit integers), so the result depends on no sorting algorithm, no
 numpy version and no machine. Specified in docs/format.md, "Permutations" and "Reading order".
 Shapes: N rows of a split, C chunks, L lanes, W chunks in a window.

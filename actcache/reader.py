@@ -368,7 +368,8 @@ class Dataset:
             raise CorruptObject(
                 f"{where} holds {start + len(payload)} bytes, wanted {start + size} or more; it is truncated"
             )
-        out = decode_chunk(payload, shape, array["dtype"], where)
+        checksum = int(table.chunk_crc32c[shard, inner])
+        out = decode_chunk(payload, shape, array["dtype"], where, checksum)
         out.flags.writeable = False
         return out
 
@@ -564,7 +565,7 @@ class _EpochReader:
 
     def take(self, begin: int, end: int) -> Batch:
         """This rank's rows among global rows [begin, end)."""
-        n_lanes, ranks = self.stream.lanes, self.stream.world_size
+        n_lanes = self.stream.lanes
         first, last = begin // n_lanes, -(-end // n_lanes)
         parts: list[dict[str, np.ndarray]] = []
         position = first
@@ -573,7 +574,7 @@ class _EpochReader:
                 if position >= lane.stop and lane.next_window < len(lane.windows):
                     self._next_window(slot)
             stop = min([last, *(lane.stop for lane in self.lanes if lane.stop > position)])
-            parts.append(self._gather(position, stop, begin, end, ranks))
+            parts.append(self._gather(position, stop, begin, end))
             position = stop
         joined = (
             {name: np.concatenate([p[name] for p in parts]) for name in self.data}
@@ -582,7 +583,7 @@ class _EpochReader:
         )
         return self._decode(joined)
 
-    def _gather(self, position: int, stop: int, begin: int, end: int, ranks: int) -> dict[str, np.ndarray]:
+    def _gather(self, position: int, stop: int, begin: int, end: int) -> dict[str, np.ndarray]:
         """Lane positions [position, stop) of every lane, cut to the global rows [begin, end)."""
         starts_L = np.array([lane.start for lane in self.lanes])
         numbers_L = np.array([lane.number for lane in self.lanes])

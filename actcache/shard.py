@@ -23,6 +23,15 @@ Chunks = list[tuple[int, int]]
 """(offset, nbytes) of each chunk in a shard object, in C order; nbytes 0 where the chunk is absent."""
 
 
+def chunk_checksums(data: bytes, chunks: Chunks) -> list[int]:
+    """The crc32c that ends each chunk of a shard object; 0 where the chunk is absent.
+
+    Recorded beside the offsets: a shard that is intact but not the committed one is then seen.
+    (The crc of a whole object would not show it: what ends in its own crc has a constant one.)
+    """
+    return [struct.unpack_from("<I", data, at + size - 4)[0] if size else 0 for at, size in chunks]
+
+
 def crc32c(data: bytes | memoryview) -> int:
     """CRC-32C (Castagnoli) of the bytes."""
     return int(google_crc32c.value(bytes(data)))
@@ -63,8 +72,10 @@ def encode_chunk(chunk: np.ndarray) -> bytes:
     return packed + struct.pack("<I", crc32c(packed))
 
 
-def decode_chunk(payload: bytes, shape: Sequence[int], dtype: np.dtype[Any], key: str) -> np.ndarray:
-    """The chunk's array, checksum verified.
+def decode_chunk(
+    payload: bytes, shape: Sequence[int], dtype: np.dtype[Any], key: str, checksum: int | None = None
+) -> np.ndarray:
+    """The chunk's array, its own checksum verified, and against the committed one if given.
 
     Raises:
         CorruptObject: the checksum or the decoded size is wrong; names `key`.
@@ -74,6 +85,11 @@ def decode_chunk(payload: bytes, shape: Sequence[int], dtype: np.dtype[Any], key
         raise CorruptObject(
             f"{key}: a chunk of {len(view)} bytes does not match its crc32c. "
             "The object is damaged: restore it, or delete it and run the harvest again"
+        )
+    if checksum is not None and struct.unpack("<I", view[-4:])[0] != checksum:
+        raise CorruptObject(
+            f"{key}: a chunk is intact but not the one that was committed. Restore the object, or delete it "
+            "and run the harvest again"
         )
     out = np.empty(tuple(shape), dtype)
     if _frame_content_size(view) not in (None, out.nbytes):

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import Any
 
 from .codec import Precision
@@ -183,6 +184,15 @@ def token_store_name(tokens_identity: Mapping[str, Any], corpus_source: str) -> 
     """As `dataset_name`, for the tokens that datasets of models with one tokenizer share."""
     readable = slug(f"{_source_slug(corpus_source)}-t{tokens_identity['context_size']}")
     return f"{readable}-{digest(tokens_identity)[:12]}"
+
+
+def shown_source(source: str) -> str:
+    """A corpus source as it may be written down: a URL without credentials and query, an absolute local
+    path without the directories above its last two parts."""
+    scheme, separator, rest = source.partition("://")
+    if not separator:
+        return "/".join(Path(source).parts[-2:]) if Path(source).is_absolute() else source
+    return f"{scheme}://{re.sub(r'^[^/@]*@', '', rest.split('?')[0])}"
 
 
 def slug(text: str) -> str:

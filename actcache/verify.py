@@ -4,13 +4,16 @@ The listing shows missing and truncated objects; `deep` also reads every object 
 checksum. `zarr.json` is regenerated from the manifest and compared.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from .errors import CorruptObject
-from .layout import array_layout, calibration_key, offset_objects, parse_calibration, zarr_metadata
+from .layout import array_layout, calibration_key, offset_arrays, parse_calibration, zarr_metadata
+from .manifest import ShardTable
 from .progress import Progress
 from .reader import Dataset
-from .shard import crc32c, decode_shard, shard_key
+from .shard import chunk_checksums, decode_shard, encode_shard, shard_key
+from .store import Store
 
 
 def verify(dataset: Dataset, *, deep: bool = False, progress: bool = True) -> dict[str, Any]:
@@ -22,73 +25,76 @@ def verify(dataset: Dataset, *, deep: bool = False, progress: bool = True) -> di
     manifest, store = dataset.manifest, dataset._shared.store
     layout = array_layout(manifest.identity, {site: e.d_in for site, e in manifest.sites.items()})
     sizes = {listed.key: listed.size_bytes for split in manifest.splits for listed in store.listing(split)}
-    tables = [
-        (split, path, table)
+    tables = {
+        path: (table, layout[path.removeprefix(f"{split}/")])
         for split in manifest.splits
         for path, table in dataset.split(split)._tables.items()
-    ]
-    total = sum(len(table.size_bytes) for _, _, table in tables)
-    checked = stored = chunks = 0
+    }
+    total = sum(len(table.size_bytes) for table, _ in tables.values())
+    named: set[str] = set()
+    stored = chunks = 0
     with Progress("verify", total, "objects", show=progress and deep) as bar:
-        for split, path, table in tables:
-            array = layout[path.removeprefix(f"{split}/")]
+        for path, (table, array) in tables.items():
             for shard, size in enumerate(table.size_bytes):
                 key = shard_key(path, shard, 1 + len(array["row"]))
                 _check_size(f"{store.url}/{key}", sizes.get(key), int(size))
                 if deep:
-                    data = store.read(key)
-                    if crc32c(data) != table.crc32c[shard]:
-                        raise CorruptObject(
-                            f"{store.url}/{key} does not match its crc32c; restore it or harvest again"
-                        )
-                    present = int((table.chunk_nbytes[shard] > 0).sum())
-                    shape = (array["chunk_rows"], *array["row"])
-                    decode_shard(
-                        data,
-                        present * shape[0],
-                        shape,
-                        array["shard_rows"],
-                        array["dtype"],
-                        f"{store.url}/{key}",
-                    )
-                    chunks += present
-                checked, stored = checked + 1, stored + int(size)
+                    chunks += _check_shard(store, key, table, shard, array)
+                named.add(key)
+                stored += int(size)
                 bar.advance()
-    raw = {site: store.read(calibration_key(site)) for site in manifest.sites}
-    calibrations = {
-        site: parse_calibration(data, calibration_key(site), manifest.sites[site].calibration_sha256)
-        for site, data in raw.items()
-    }
-    metadata = zarr_metadata(manifest)
-    for key, data in [*metadata.items(), *offset_objects(manifest, calibrations)]:
-        if store.read(key) != data:
-            raise CorruptObject(
-                f"{store.url}/{key} is not what the manifest implies; run the harvest again to rewrite it"
-            )
+    implied = zarr_metadata(manifest) | _implied_offsets(dataset)
+    for key, data in implied.items():
+        if _read(store, key) != data:
+            raise CorruptObject(f"{store.url}/{key} is not what the manifest implies; {_REMEDY}")
     report = {
         "manifest version": manifest.version,
-        "objects of the committed size": checked,
+        "objects of the committed size": total,
         "bytes": stored,
-        "zarr.json and offsets as the manifest implies": len(metadata)
-        + len(calibrations) * len(manifest.splits),
-        "unreferenced objects": _unreferenced(sizes, tables, layout, metadata),
+        "zarr.json and offsets as the manifest implies": len(implied),
+        "unreferenced objects": len(sizes.keys() - named - implied.keys()),
     }
     if deep:
-        report |= {"objects read whole, crc32c right": checked, "chunks decoded, crc32c right": chunks}
+        report |= {"objects read whole, crc32c right": total, "chunks decoded, crc32c right": chunks}
     return report
 
 
-def _unreferenced(sizes: dict[str, int], tables: list[Any], layout: Any, metadata: Any) -> int:
-    """Shards that no committed block names: of blocks in flight, or left by a crash."""
-    named = {
-        shard_key(path, shard, 1 + len(layout[path.removeprefix(f"{split}/")]["row"]))
-        for split, path, table in tables
-        for shard in range(len(table.size_bytes))
-    }
-    return sum(1 for key in sizes if key not in named and key not in metadata and "/offset/" not in key)
+_REMEDY = "delete it and run the harvest again to rewrite it"
+
+
+def _check_shard(store: Store, key: str, table: ShardTable, shard: int, array: Mapping[str, Any]) -> int:
+    """Every byte of one shard against its own and the committed checksums; returns its chunks."""
+    data, where = _read(store, key), f"{store.url}/{key}"
+    present = int((table.chunk_nbytes[shard] > 0).sum())
+    shape = (array["chunk_rows"], *array["row"])
+    decode_shard(data, present * shape[0], shape, array["shard_rows"], array["dtype"], where)
+    chunk_table = list(
+        zip(table.chunk_offset[shard].tolist(), table.chunk_nbytes[shard].tolist(), strict=True)
+    )
+    if chunk_checksums(data, chunk_table) != table.chunk_crc32c[shard].tolist():
+        raise CorruptObject(f"{where} is intact but not the shard that was committed; {_REMEDY}")
+    return present
+
+
+def _implied_offsets(dataset: Dataset) -> dict[str, bytes]:
+    """The offset shards that the calibrations imply, by key."""
+    store, manifest, out = dataset._shared.store, dataset.manifest, {}
+    for path, site, array in offset_arrays(manifest):
+        key = calibration_key(site)
+        calibration = parse_calibration(_read(store, key), key, manifest.sites[site].calibration_sha256)
+        data, _ = encode_shard(calibration.offset_D, array["chunk_rows"], array["shard_rows"], float("nan"))
+        out[shard_key(path, 0, 1)] = data
+    return out
+
+
+def _read(store: Store, key: str) -> bytes:
+    try:
+        return store.read(key)
+    except FileNotFoundError:
+        raise CorruptObject(f"{store.url}/{key} is missing; {_REMEDY}") from None
 
 
 def _check_size(where: str, found: int | None, wanted: int) -> None:
     if found != wanted:
         what = "is missing" if found is None else f"holds {found} bytes"
-        raise CorruptObject(f"{where} {what}, wanted {wanted}; restore it or harvest again")
+        raise CorruptObject(f"{where} {what}, wanted {wanted}; {_REMEDY}")

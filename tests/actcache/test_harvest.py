@@ -145,6 +145,67 @@ def test_more_tokens_and_more_sites_extend_the_dataset_and_change_nothing_before
     assert array_digests(wider.url) == array_digests(fresh.url)
 
 
+def test_zarr_metadata_that_a_crash_left_behind_is_written_by_the_next_run(tmp_path):
+    spec = tiny_spec(tmp_path, n_tokens=1024)
+    dataset = actcache.harvest(spec, str(tmp_path / "root"), progress=False)
+    root, offset = Path(dataset.url, "zarr.json"), Path(dataset.url, "train", SITES[0], "offset", "c", "0")
+    before = root.read_bytes()
+    root.unlink()
+    offset.unlink()
+    again = actcache.harvest(spec, str(tmp_path / "root"), progress=False)
+    assert again.manifest.version == dataset.manifest.version
+    assert root.read_bytes() == before
+    assert offset.exists()
+
+
+def test_a_torn_shard_is_written_again_and_a_foreign_one_is_not(tmp_path):
+    spec = tiny_spec(tmp_path, n_tokens=3000)
+    root = str(tmp_path / "root")
+    dataset = actcache.harvest(replace(spec, n_tokens=1024), root, progress=False)
+    whole = Path(dataset.url, "train", "token_id", "c", "0").read_bytes()
+    torn = Path(dataset.url, "train", "token_id", "c", "1")
+    torn.write_bytes(whole[:100])
+    Path(dataset.url, "train", "token_id", "c", "2").write_bytes(whole)  # intact, of another block
+    with pytest.raises(HarvestError, match=r"token_id/c/2 holds other values"):
+        actcache.harvest(spec, root, progress=False)
+    Path(dataset.url, "train", "token_id", "c", "2").unlink()
+    longer = actcache.harvest(spec, root, progress=False)
+    fresh = actcache.harvest(spec, str(tmp_path / "other"), progress=False)
+    assert array_digests(longer.url) == array_digests(fresh.url)
+
+
+def test_codes_of_another_kernel_are_adopted_with_their_own_statistics(tmp_path):
+    """A valid shard whose codes differ by rounding stands where a block must go: it holds."""
+    from actcache.shard import decode_shard, encode_shard
+
+    spec = tiny_spec(tmp_path, n_tokens=1024, sites=SITES[:1])
+    dataset = actcache.harvest(spec, str(tmp_path / "root"), progress=False)
+    path = Path(dataset.url, "train", SITES[0], "codes", "c", "0", "0")
+    codes = decode_shard(path.read_bytes(), 1024, (64, 32), 1024, np.dtype("i1"), "k")
+    other = codes.copy()
+    other[5, 7] += 1
+    foreign, _ = encode_shard(other, 64, 1024, -128)
+    fresh = tmp_path / "other" / Path(dataset.url).name / path.relative_to(dataset.url)
+    fresh.parent.mkdir(parents=True)
+    fresh.write_bytes(foreign)
+    adopted = actcache.harvest(spec, str(tmp_path / "other"), progress=False)
+    stored = adopted.read(SITES[0], slice(None))
+    assert (stored != dataset.read(SITES[0], slice(None))).sum() == 1
+    assert np.allclose(adopted.stats(SITES[0])["mean"], stored.astype(np.float64).mean(0), atol=1e-7)
+
+
+def test_a_source_is_written_down_without_credentials_or_local_directories(tmp_path):
+    from actcache.spec import shown_source
+
+    assert shown_source("https://user:pass@host/a/b.jsonl?token=x") == "https://host/a/b.jsonl"
+    assert shown_source("s3://bucket/pile/*.jsonl.gz") == "s3://bucket/pile/*.jsonl.gz"
+    assert shown_source("/home/someone/secret/corpus/*.txt") == "corpus/*.txt"
+    assert shown_source("bundled:stdlib") == "bundled:stdlib"
+    dataset = actcache.harvest(tiny_spec(tmp_path, n_tokens=1024), str(tmp_path / "root"), progress=False)
+    for path in Path(dataset.url).rglob("*.json"):
+        assert str(tmp_path) not in path.read_text()
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_lossless_precisions_store_the_forward_pass_itself(tmp_path, precision):
     spec = tiny_spec(tmp_path, precision=precision, n_tokens=1024, sites=SITES[:1])

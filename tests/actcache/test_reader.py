@@ -216,6 +216,13 @@ def test_a_missing_or_truncated_shard_is_an_error_not_zeros(copy, damage):
         list(actcache.open(str(copy)).stream())
 
 
+def test_an_intact_shard_in_the_place_of_another_is_seen(copy):
+    first, second = (copy / shard_key(f"train/{site}/codes", 0, 2) for site in SITES)
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(CorruptObject, match="not the one that was committed|truncated|does not match"):
+        actcache.open(str(copy)).read(SITES[0], slice(0, 1024))
+
+
 def rewrite_manifest(copy, change):
     """Replace the newest manifest by a changed one whose digest is right: a hostile writer."""
     path = max((copy / "_manifest").iterdir())
@@ -296,3 +303,11 @@ def test_verify_counts_what_it_checked_and_finds_damage(copy):
     verify(dataset, progress=False)  # the size is right
     with pytest.raises(CorruptObject, match="token_id"):
         verify(dataset, deep=True, progress=False)
+
+
+def test_verify_names_what_is_missing(copy):
+    from actcache.verify import verify
+
+    (copy / "zarr.json").unlink()
+    with pytest.raises(CorruptObject, match=r"zarr\.json is missing"):
+        verify(actcache.open(str(copy)), progress=False)
