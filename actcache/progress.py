@@ -72,7 +72,8 @@ class Progress:
                 transient=False,
             )
             self._rich.start()
-            self._task = self._rich.add_task(self.label, total=self.total, completed=self._done, line="")
+            line = self._line(self._start)
+            self._task = self._rich.add_task(self.label, total=self.total, completed=self._done, line=line)
         return self
 
     def advance(self, n: int = 1, **fields: object) -> None:
@@ -101,7 +102,7 @@ class Progress:
         rate = (self._done - self._before) / elapsed
         parts = []
         if self.total:
-            parts.append(f"{100 * self._done / self.total:3.0f} %")
+            parts.append(f"{min(100.0, 100 * self._done / self.total):3.0f} %")
             parts.append(f"{format_count(self._done)}/{format_count(self.total)} {self.unit}")
         else:
             parts.append(f"{format_count(self._done)} {self.unit}")

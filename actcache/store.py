@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ class Listed:
     size_bytes: int
 
 
-class Store:
+class Store(ABC):
     """The objects under `url`. Keys are relative, with `/`. Safe to use from many threads.
 
     `open_store` picks the subclass; `create`, `read`, `listing`, `replace` and `delete` behave alike.
@@ -45,6 +46,7 @@ class Store:
     def __init__(self, url: str) -> None:
         self.url = url
 
+    @abstractmethod
     def create(self, key: str, data: bytes) -> bool:
         """Store `data` under `key` unless something is there; no one ever sees a part of it.
 
@@ -55,8 +57,8 @@ class Store:
             Conflict: other bytes are there; they stay.
             StoreError: the store refused or failed.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes [start, stop) of an object; all of it by default.
 
@@ -64,27 +66,26 @@ class Store:
             FileNotFoundError: no such object.
             StoreError: the store refused or failed.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def listing(self, prefix: str) -> list[Listed]:
         """Objects whose key starts with the folder `prefix` (no trailing slash), sorted by key."""
-        raise NotImplementedError
 
+    @abstractmethod
     def folders(self, prefix: str = "") -> list[str]:
         """Names of the folders directly under `prefix`, sorted."""
-        raise NotImplementedError
 
+    @abstractmethod
     def replace(self, key: str, data: bytes) -> None:
         """Store `data` under `key`, whatever was there. For `zarr.json` alone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delete(self, key: str) -> None:
         """Remove an object; silent if it is gone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sub(self, name: str) -> "Store":
         """The store of the folder `name` under this one."""
-        raise NotImplementedError
 
     def exists(self, key: str) -> bool:
         """Whether the object is there."""
