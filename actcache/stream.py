@@ -90,7 +90,7 @@ class Stream:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: "Dataset",
         sites: list[str],
         batch_size: int,
         seed: int,

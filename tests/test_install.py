@@ -1,5 +1,6 @@
 """What other projects get: the base install reads without torch or Ray, and plain zarr needs none of us."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,7 +82,12 @@ print(rows, ds.read(sys.argv[2], [0]).shape[1], len(ds.context(0)))
 
 def test_base_install_reads_without_torch_or_ray(harvested, tmp_path):
     dataset, site, _ = harvested
-    python = make_venv(tmp_path / "venv", str(ROOT))
+    source = tmp_path / "source"  # a copy: building leaves its files in the tree
+    for name in ("actcache", "sae", "cluster"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    python = make_venv(tmp_path / "venv", str(source))
     command = [python, "-W", "error", "-c", BASE_READER, dataset.url, site]
     out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
     assert out.split() == [str(dataset.n_rows), "32", "16"]
