@@ -21,15 +21,6 @@ PARALLEL = ("gpt_neox",)
 in_every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small run slower on several threads, and far slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def captured(family):
     model = shared_model(family)
     return run_capture(model, tokens(), site_names(model))

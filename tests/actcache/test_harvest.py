@@ -308,6 +308,13 @@ def test_ray_actors_and_the_local_engine_store_the_same_bytes(tiny, tmp_path, ra
     assert array_digests(by_ray.url) == array_digests(dataset.url)
 
 
+def ancestors(pid):
+    """Process ids from the parent of `pid` upwards."""
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        yield pid
+
+
 @pytest.mark.ray
 def test_a_killed_actor_costs_nothing_but_time(tiny, tmp_path, ray_session):
     """An actor is killed with SIGKILL as soon as it has committed its first block."""
@@ -319,19 +326,20 @@ def test_a_killed_actor_costs_nothing_but_time(tiny, tmp_path, ray_session):
     killed = []
 
     def kill_one():
-        while not list(root.glob("*/_records/*/*.json")):
+        deadline = time.monotonic() + 120
+        while not list(root.glob("*/_records/*/*.json")) and time.monotonic() < deadline:
             time.sleep(0.005)
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 name = (process / "cmdline").read_text()
             except OSError:
                 continue
-            if "ray::Harvester" in name:
+            if "ray::Harvester" in name and os.getpid() in ancestors(int(process.name)):
                 os.kill(int(process.name), signal.SIGKILL)
                 killed.append(process.name)
                 return
 
-    killer = threading.Thread(target=kill_one)
+    killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
     by_ray = actcache.harvest(longer, str(root), engine="ray", workers=2, progress=False)
     killer.join()
