@@ -16,7 +16,7 @@ from numcodecs import zstd
 
 from .errors import CorruptObject
 
-ZSTD_LEVEL = 1  # level 3 saved 1 % of the bytes at half the speed on int8 codes
+ZSTD_LEVEL = 1  # int8 codes of a GPT-2: levels 1, 3 and 9 all gave 5.33 bits; 9 at two thirds of the speed
 _MISSING = 2**64 - 1
 
 Chunks = list[tuple[int, int]]

@@ -139,9 +139,11 @@ def write_report(
 
 def _entry(directory: Path) -> Entry:
     settings = directory / ("sae.json" if (directory / "sae.json").exists() else "cfg.json")
-    entry = Entry(directory.resolve().name, directory, _json(settings), _history(directory))
+    from sae.core import read_json  # with torch, which --help must not wait for
+
+    entry = Entry(directory.resolve().name, directory, read_json(settings), _history(directory))
     if (directory / "eval.json").exists():
-        entry.result = _json(directory / "eval.json")
+        entry.result = read_json(directory / "eval.json")
         if entry.result.get("eval_version") != EVAL_VERSION:
             found = entry.result.get("eval_version")
             entry.notes.append(
@@ -152,16 +154,6 @@ def _entry(directory: Path) -> Entry:
             f"Not evaluated yet: python -m sae eval {directory.name} adds its figures and latents."
         )
     return entry
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as err:
-        raise CorruptObject(f"{path} is not JSON ({err}); it was damaged. Write it again.") from err
-    if not isinstance(value, dict):
-        raise CorruptObject(f"{path} holds a {type(value).__name__}, not an object. Write it again.")
-    return value
 
 
 def _history(directory: Path) -> list[dict[str, Any]]:

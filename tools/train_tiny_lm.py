@@ -376,7 +376,7 @@ class Run:
         os.replace(path.with_suffix(".part"), path)
 
     def load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True)  # written by `save` above; executes nothing
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)

@@ -227,7 +227,7 @@ def test_inference_threshold_gives_the_trained_l0() -> None:
     ],
 )
 @pytest.mark.parametrize("kind", ARCHITECTURES.values())
-def test_a_config_that_can_not_be_trained_is_refused(kind, values: dict, message: str) -> None:  # type: ignore
+def test_a_config_that_can_not_be_trained_is_refused(kind: type, values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         kind(**values)
 
