@@ -10,8 +10,9 @@ import logging
 import platform
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -162,14 +163,6 @@ def harvest(
     store = base.sub(name)
     _claim(store, resolved)  # also shows at once whether the root can be written
     tokens = tokenise(spec, resolved.corpus, resolved.tokenizer, base, progress=progress)
-    state = _State(store, resolved, tokens)
-    missing = state.missing()
-    if state.covered():
-        assert state.manifest is not None
-        if not _metadata_is_current(store, state.manifest):
-            _write_metadata(store)  # a driver died between its manifest and the Zarr metadata
-        log.info("cache hit: %s holds all that was asked for, nothing to compute", name)
-        return open_dataset(store.url, storage_options=storage_options)
     job = Job(
         identity=resolved.identity,
         dataset_url=store.url,
@@ -182,11 +175,39 @@ def harvest(
         device=device,
         threads=0,
     )
-    log.info("%s: %d of %d blocks to harvest", name, len(missing), len(state.wanted))
-    opened: Engine = LocalEngine(job) if engine == "local" else RayEngine(job, workers, gpus_per_worker)
-    with opened as pool:
-        _run(pool, state, missing, job, start, workers if engine == "ray" else 1, progress)
+    engine_of = (
+        LocalEngine
+        if engine == "local"
+        else partial(RayEngine, workers=workers, gpus_per_worker=gpus_per_worker)
+    )
+    workers = workers if engine == "ray" else 1
+    harvest_missing(store, resolved, tokens, job, engine_of, start=start, workers=workers, progress=progress)
     return open_dataset(store.url, storage_options=storage_options)
+
+
+def harvest_missing(
+    store: Store,
+    resolved: Resolved,
+    tokens: TokenStore,
+    job: Job,
+    engine_of: Callable[[Job], Engine],
+    *,
+    start: float,
+    workers: int = 1,
+    progress: bool = True,
+) -> None:
+    """Compute and commit what `store` lacks of `resolved`; no engine is made where nothing is missing."""
+    state = _State(store, resolved, tokens)
+    missing = state.missing()
+    if state.covered():
+        assert state.manifest is not None
+        if not _metadata_is_current(store, state.manifest):
+            _write_metadata(store)  # a driver died between its manifest and the Zarr metadata
+        log.info("cache hit: %s holds all that was asked for, nothing to compute", store.url)
+        return
+    log.info("%s: %d of %d blocks to harvest", store.url, len(missing), len(state.wanted))
+    with engine_of(job) as pool:
+        _run(pool, state, missing, job, start, workers, progress)
 
 
 class _State:
