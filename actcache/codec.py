@@ -221,18 +221,25 @@ def encode(
 
 
 def decode(
-    codes_ND: np.ndarray, scale_N: np.ndarray | None, offset_D: np.ndarray | None, precision: Precision
+    codes_ND: np.ndarray,
+    scale_N: np.ndarray | None,
+    offset_D: np.ndarray | None,
+    precision: Precision,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """float32 rows [N, D]; the same arithmetic as the recorded decode line."""
+    """float32 rows [N, D], in `out` if given; the same arithmetic as the recorded decode line."""
+    if out is None:
+        out = np.empty(codes_ND.shape, np.float32)
+    if precision.kind == "bf16":
+        np.left_shift(codes_ND, 16, out=out.view(np.uint32), dtype=np.uint32)
+        return out
+    np.copyto(out, codes_ND)
     if precision.quantised:
         assert scale_N is not None
         assert offset_D is not None
-        acts_ND = np.multiply(codes_ND, scale_N[:, None], dtype=np.float32)
-        acts_ND += offset_D
-        return acts_ND
-    if precision.kind == "bf16":
-        return (codes_ND.astype("<u4") << 16).view("<f4")
-    return codes_ND.astype(np.float32, copy=False)
+        out *= scale_N[:, None]
+        out += offset_D
+    return out
 
 
 def squared_distance(acts_ND: np.ndarray, centre_D: np.ndarray) -> np.ndarray:

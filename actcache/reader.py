@@ -5,7 +5,7 @@ from `zarr.json`; every chunk is verified by its checksum.
 Shapes: N rows, D = d_in, T = context_size.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from .chunks import ChunkReader, Request
 from .codec import Precision, decode, merge
 from .corpus import kept_tokens
 from .errors import CorruptObject, SpecError
@@ -27,12 +28,13 @@ from .manifest import (
     statistics_of,
 )
 from .order import DEFAULT_LANES
-from .shard import decode_chunk, shard_key
 from .spec import nearest
 from .store import Store, open_store
 from .stream import Rows, Stream
 
 Index = slice | Sequence[int] | np.ndarray | int
+Where = slice | np.ndarray
+"""Rows of a result or of a chunk."""
 
 _FETCH_THREADS = 4
 
@@ -141,7 +143,7 @@ class Dataset:
 
     def __init__(self, shared: _Shared, split: str) -> None:
         self._shared, self.split_name = shared, split
-        self._chunk = lru_cache(maxsize=64)(self._read_chunk)
+        self._chunk = lru_cache(maxsize=64)(lambda path, chunk: self._chunks.read(path, chunk))
 
     def __repr__(self) -> str:
         return (
@@ -221,7 +223,9 @@ class Dataset:
         return int(sum(t.size_bytes.sum() for t in self._tables.values()))
 
     def read(self, site: str, index: Index) -> np.ndarray:
-        """Decoded rows float32 [N, D], in the order asked for; each chunk is fetched once, concurrently.
+        """Decoded rows float32 [N, D], in the order asked for.
+
+        Each chunk is fetched once, neighbours together, many of them concurrently.
 
         Raises:
             IndexError: a row past the committed ones.
@@ -229,9 +233,19 @@ class Dataset:
         """
         self._checked(site)
         rows = self._row_index(index, self._site_rows(site))
-        codes_ND = self._gather(f"{site}/codes", rows)
-        scale_N = self._gather(f"{site}/scale", rows) if self._shared.precision.quantised else None
-        return decode(codes_ND, scale_N, self._shared.offset(site), self._shared.precision)
+        offset, precision = self._shared.offset(site), self._shared.precision
+        scale_N = self._gather(f"{site}/scale", rows) if precision.quantised else None
+        out_ND = np.empty((len(rows), self.d_in(site)), np.float32)
+
+        def place(chunk: np.ndarray, here: Where, within: Where) -> None:
+            scale = None if scale_N is None else scale_N[here]
+            if isinstance(here, slice):
+                decode(chunk[within], scale, offset, precision, out_ND[here])
+            else:
+                out_ND[here] = decode(chunk[within], scale, offset, precision)
+
+        self._each_chunk(f"{site}/codes", rows, place)
+        return out_ND
 
     def rows(self, index: Index) -> Rows:
         """Which token each row is."""
@@ -305,6 +319,10 @@ class Dataset:
         counts = {f"{self.split_name}/{p}": n_shards(self.manifest, self.split_name, p) for p in self._layout}
         return shard_tables(self._shared.objects, self.split_name, {p: n for p, n in counts.items() if n})
 
+    @cached_property
+    def _chunks(self) -> ChunkReader:
+        return ChunkReader(self._shared.store, self.split_name, self._layout, self._tables)
+
     def _row_index(self, index: Index, n: int) -> np.ndarray:
         if isinstance(index, slice):
             return np.arange(*index.indices(n))
@@ -319,46 +337,51 @@ class Dataset:
         return np.where(rows < 0, rows + n, rows)
 
     def _gather(self, path: str, rows: np.ndarray) -> np.ndarray:
-        """Rows of an array, any order; every chunk read once."""
+        """Rows of an array, in any order."""
         array = self._layout[path]
         out = np.empty((len(rows), *array["row"]), array["dtype"])
-        chunk_N = rows // array["chunk_rows"]
-        chunks = np.unique(chunk_N)
 
-        def fill(chunk: int) -> None:
-            here = np.flatnonzero(chunk_N == chunk)
-            out[here] = self._chunk(path, int(chunk))[rows[here] - chunk * array["chunk_rows"]]
+        def place(chunk: np.ndarray, here: Where, within: Where) -> None:
+            out[here] = chunk[within]
 
-        if len(chunks) > 2:
-            with ThreadPoolExecutor(_FETCH_THREADS) as pool:
-                list(pool.map(fill, chunks))
-        else:
-            for chunk in chunks:
-                fill(chunk)
+        self._each_chunk(path, rows, place)
         return out
 
-    def _read_chunk(self, path: str, chunk: int) -> np.ndarray:
-        """One chunk of an array, decoded from its codec chain, checksum verified; not to be written to."""
-        array = self._layout[path]
-        table = self._tables[f"{self.split_name}/{path}"]
-        shard, inner = divmod(chunk, array["shard_rows"] // array["chunk_rows"])
-        shape = (array["chunk_rows"], *array["row"])
-        if not np.isnan(table.constant[shard]):
-            return np.full(shape, table.constant[shard], array["dtype"])
-        start, size = int(table.chunk_offset[shard, inner]), int(table.chunk_nbytes[shard, inner])
-        key = shard_key(table.path, shard, len(shape))
-        where = f"{self.url}/{key}"
-        try:
-            payload = self._shared.store.read(key, start, start + size)
-        except FileNotFoundError:
-            raise CorruptObject(
-                f"{where} is missing although it was committed; restore it or harvest again"
-            ) from None
-        if len(payload) != size:
-            raise CorruptObject(
-                f"{where} holds {start + len(payload)} bytes, wanted {start + size} or more; it is truncated"
-            )
-        checksum = int(table.chunk_crc32c[shard, inner])
-        out = decode_chunk(payload, shape, array["dtype"], where, checksum)
-        out.flags.writeable = False
+    def _each_chunk(
+        self, path: str, rows: np.ndarray, work: Callable[[np.ndarray, Where, Where], None]
+    ) -> None:
+        """Call `work(chunk, here, within)` for each chunk that holds rows: `rows[here]` are its rows `within`.
+
+        Each chunk is fetched once, many of them in threads.
+        """
+        places = _places(rows, self._layout[path]["chunk_rows"])
+        if len(places) <= 2:  # a few rows, and often the same chunk again
+            for chunk, (here, within) in places.items():
+                work(self._chunk(path, chunk), here, within)
+            return
+
+        def run(request: Request) -> None:
+            for chunk, values in enumerate(self._chunks.fetch(request), request.first):
+                work(values, *places[chunk])
+
+        with ThreadPoolExecutor(_FETCH_THREADS) as pool:
+            list(pool.map(run, self._chunks.requests(path, list(places))))
+
+
+def _places(rows: np.ndarray, chunk_rows: int) -> dict[int, tuple[Where, Where]]:
+    """By chunk, ascending: which of `rows` it holds, and which of its own rows these are."""
+    if not len(rows):
+        return {}
+    if (np.diff(rows) == 1).all():
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        out: dict[int, tuple[Where, Where]] = {}
+        for chunk in range(first // chunk_rows, -(-last // chunk_rows)):
+            start, stop = max(first, chunk * chunk_rows), min(last, (chunk + 1) * chunk_rows)
+            within = slice(start - chunk * chunk_rows, stop - chunk * chunk_rows)
+            out[chunk] = slice(start - first, stop - first), within
         return out
+    chunk_N = rows // chunk_rows
+    order = np.argsort(chunk_N, kind="stable")
+    chunks, starts = np.unique(chunk_N[order], return_index=True)
+    parts = np.split(order, starts[1:])
+    return {int(c): (here, rows[here] - c * chunk_rows) for c, here in zip(chunks, parts, strict=True)}

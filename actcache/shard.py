@@ -73,7 +73,11 @@ def encode_chunk(chunk: np.ndarray) -> bytes:
 
 
 def decode_chunk(
-    payload: bytes, shape: Sequence[int], dtype: np.dtype[Any], key: str, checksum: int | None = None
+    payload: bytes | memoryview,
+    shape: Sequence[int],
+    dtype: np.dtype[Any],
+    key: str,
+    checksum: int | None = None,
 ) -> np.ndarray:
     """The chunk's array, its own checksum verified, and against the committed one if given.
 

@@ -20,7 +20,7 @@ from .order import Order, Span, default_window
 if TYPE_CHECKING:
     from .reader import Dataset
 
-_PREFETCH_THREADS = 2
+_READ_THREADS = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,22 +70,25 @@ class Batch(Mapping[str, np.ndarray]):
 
 @dataclass
 class _Lane:
-    """Where one lane stands: its current window in the pool and the next one on its way."""
+    """Where one lane stands: its current window and the next one on its way."""
 
     number: int
+    slot: int
+    """Where the current window lies in the pool."""
     windows: list[list[Span]]
     next_window: int
     start: int
     """Lane position of the current window's first row."""
     stop: int
-    coming: Future[dict[str, np.ndarray]] | None
+    coming: Future[int] | None
+    """The slot of the next window, once it is loaded."""
 
 
 class Stream:
     """An iterator of batches. `state()` between any two batches resumes exactly there.
 
-    Two background threads read ahead, one window a lane; an error there reaches the consumer at
-    the batch that needs the data. `close()`, exhaustion or garbage collection ends them.
+    Background threads read ahead, one window a lane and one batch; an error there reaches the
+    consumer at the batch that needs the data. The end, or leaving the loop, ends the threads.
     """
 
     def __init__(
@@ -130,7 +133,6 @@ class Stream:
             self._names += [f"{site}/scale" for site in sites]
         if metadata:
             self._names += ["token_id", "sequence", "position"]
-        self._pool: ThreadPoolExecutor | None = None
 
     @property
     def dataset_url(self) -> str:
@@ -152,25 +154,24 @@ class Stream:
         """Batches from where the stream stands to the end of the last epoch."""
         while self._epoch < self.epochs:
             order = Order(self.n_rows, self._chunk_rows, self.seed, self._epoch, self.lanes, self.window)
-            with ThreadPoolExecutor(_PREFETCH_THREADS, thread_name_prefix="actcache-read") as pool:
-                self._pool = pool
-                try:
-                    reader = _EpochReader(self, order, pool, self._row // self.lanes)
-                    while self._row < self.n_rows:
-                        stop = min(self._row + self.batch_size, self.n_rows)
-                        batch = reader.take(self._row, stop)
-                        self._advance(stop)
-                        yield batch
-                        if self._row == 0:
-                            break
-                finally:
-                    pool.shutdown(cancel_futures=True)
-                    self._pool = None
+            reader = _EpochReader(self, order, self._row // self.lanes)
+            try:
+                yield from self._epoch_batches(reader)
+            finally:
+                reader.close()
 
-    def _advance(self, row: int) -> None:
-        self._row = row
-        if row == self.n_rows:
-            self._epoch, self._row = self._epoch + 1, 0
+    def _epoch_batches(self, reader: "_EpochReader") -> Iterator[Batch]:
+        """The rest of the epoch, each batch sent for while the one before it is used."""
+        stops = [*range(self._row + self.batch_size, self.n_rows, self.batch_size), self.n_rows]
+        coming = reader.send_for(self._row, stops[0])
+        for stop, after in zip(stops, [*stops[1:], None], strict=True):
+            batch = coming.result()
+            if after is not None:
+                coming = reader.send_for(stop, after)
+            self._row = stop
+            if stop == self.n_rows:
+                self._epoch, self._row = self._epoch + 1, 0
+            yield batch
 
     def _order_id(self) -> dict[str, Any]:
         return {
@@ -205,32 +206,52 @@ class Stream:
 
 
 class _EpochReader:
-    """The windows of one epoch's lanes: codes and metadata of the current window of each, in one pool."""
+    """The windows of one epoch's lanes: codes and metadata, in slots of one pool.
 
-    def __init__(self, stream: Stream, order: Order, pool: ThreadPoolExecutor, position: int) -> None:
-        self.stream, self.order, self.pool = stream, order, pool
+    A lane reads from one slot while its next window is loaded into another. Loading and decoding
+    happen in `_READ_THREADS` threads, the gathering of the next batch in one more.
+    """
+
+    def __init__(self, stream: Stream, order: Order, position: int) -> None:
+        self.stream, self.order = stream, order
         layout = stream.dataset._layout
         numbers = range(stream.rank, stream.lanes, stream.world_size)
-        self.rows_per_lane = order.window * order.chunk_rows
-        shape = (len(numbers), self.rows_per_lane)
+        windows = [order.lane_windows(number) for number in numbers]
+        self.slot_rows = max((_length(spans) for lane in windows for spans in lane), default=0)
+        shape = (2 * len(windows), self.slot_rows)
         self.data = {
             name: np.empty((*shape, *layout[name]["row"]), layout[name]["dtype"]) for name in stream._names
         }
-        self.permutation_LP = np.zeros(shape, np.int64)
-        self.lanes = [self._lane_at(slot, number, position) for slot, number in enumerate(numbers)]
-        for slot in range(len(self.lanes)):
-            self._next_window(slot)
+        self.free = list(range(len(windows), 2 * len(windows)))
+        self.readers = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="actcache-read")
+        self.gatherer = ThreadPoolExecutor(1, thread_name_prefix="actcache-gather")
+        self.lanes = [
+            _lane_at(number, slot, lane, position)
+            for slot, (number, lane) in enumerate(zip(numbers, windows, strict=True))
+        ]
+        for lane in self.lanes:
+            self._send_for(lane, lane.slot)
+        for lane in self.lanes:
+            self._next_window(lane)
 
-    def take(self, begin: int, end: int) -> Batch:
-        """This rank's rows among global rows [begin, end)."""
+    def close(self) -> None:
+        """End the threads; what they were doing is dropped."""
+        self.gatherer.shutdown(cancel_futures=True)
+        self.readers.shutdown(cancel_futures=True)
+
+    def send_for(self, begin: int, end: int) -> Future[Batch]:
+        """This rank's rows among global rows [begin, end), gathered in the background."""
+        return self.gatherer.submit(self._take, begin, end)
+
+    def _take(self, begin: int, end: int) -> Batch:
         n_lanes = self.stream.lanes
         first, last = begin // n_lanes, -(-end // n_lanes)
         parts: list[dict[str, np.ndarray]] = []
         position = first
         while position < last:
-            for slot, lane in enumerate(self.lanes):
-                if position >= lane.stop and lane.next_window < len(lane.windows):
-                    self._next_window(slot)
+            for lane in self.lanes:
+                if position >= lane.stop:
+                    self._next_window(lane)
             stop = min([last, *(lane.stop for lane in self.lanes if lane.stop > position)])
             parts.append(self._gather(position, stop, begin, end))
             position = stop
@@ -243,13 +264,12 @@ class _EpochReader:
 
     def _gather(self, position: int, stop: int, begin: int, end: int) -> dict[str, np.ndarray]:
         """Lane positions [position, stop) of every lane, cut to the global rows [begin, end)."""
-        starts_L = np.array([lane.start for lane in self.lanes])
-        numbers_L = np.array([lane.number for lane in self.lanes])
-        within_PL = np.arange(position, stop)[:, None] - starts_L
-        np.clip(within_PL, 0, self.rows_per_lane - 1, out=within_PL)  # lanes that have ended are cut below
-        slot_L = np.arange(len(self.lanes))
-        index = (self.permutation_LP[slot_L, within_PL] + slot_L * self.rows_per_lane).ravel()
-        row = (np.arange(position, stop)[:, None] * self.stream.lanes + numbers_L).ravel()
+        start_L, slot_L, number_L = np.array([(lane.start, lane.slot, lane.number) for lane in self.lanes]).T
+        position_P = np.arange(position, stop)[:, None]
+        within_PL = position_P - start_L
+        np.clip(within_PL, 0, self.slot_rows - 1, out=within_PL)  # lanes that have ended are cut below
+        index = (within_PL + slot_L * self.slot_rows).ravel()
+        row = (position_P * self.stream.lanes + number_L).ravel()
         if row[0] < begin or row[-1] >= end:
             index = index[(row >= begin) & (row < end)]
         return {
@@ -267,40 +287,43 @@ class _EpochReader:
         rows = Rows(parts["token_id"], parts["sequence"], parts["position"]) if self.stream.metadata else None
         return Batch(acts, rows)
 
-    def _lane_at(self, slot: int, number: int, position: int) -> _Lane:
-        """The lane just before the window that holds lane position `position`."""
-        windows = self.order.lane_windows(number)
-        start, window = 0, 0
-        while window < len(windows) and position >= start + _length(windows[window]):
-            start += _length(windows[window])
-            window += 1
-        lane = _Lane(number, windows, window, start, start, None)
-        if window < len(windows):
-            lane.coming = self.pool.submit(self._load, windows[window])
-        return lane
-
-    def _next_window(self, slot: int) -> None:
-        """Put the lane's next window into the pool and send for the one after it."""
-        lane = self.lanes[slot]
+    def _next_window(self, lane: _Lane) -> None:
+        """Let the lane serve the window that was sent for, and send for the one after it."""
         if lane.coming is None:
             return
-        loaded = lane.coming.result()
-        lane.start, window = lane.stop, lane.next_window
-        lane.stop += _length(lane.windows[window])
-        n = lane.stop - lane.start
-        for name, values in loaded.items():
-            self.data[name][slot, :n] = values
-        self.permutation_LP[slot, :n] = self.order.window_permutation(lane.number, window, n)
+        slot = lane.coming.result()
+        if slot != lane.slot:
+            self.free.append(lane.slot)
+        lane.slot, lane.start = slot, lane.stop
+        lane.stop += _length(lane.windows[lane.next_window])
         lane.next_window += 1
-        more = lane.next_window < len(lane.windows)
-        lane.coming = self.pool.submit(self._load, lane.windows[lane.next_window]) if more else None
+        lane.coming = None
+        if lane.next_window < len(lane.windows):
+            self._send_for(lane, self.free.pop())
 
-    def _load(self, spans: list[Span]) -> dict[str, np.ndarray]:
-        read = self.stream.dataset._read_chunk
-        return {
-            name: np.concatenate([read(name, span.chunk)[span.start : span.stop] for span in spans])
-            for name in self.data
-        }
+    def _send_for(self, lane: _Lane, slot: int) -> None:
+        if lane.next_window < len(lane.windows):
+            lane.coming = self.readers.submit(self._load, lane, lane.next_window, slot)
+
+    def _load(self, lane: _Lane, window: int, slot: int) -> int:
+        """Fill a slot with a window's rows in the order in which they are served."""
+        spans = lane.windows[window]
+        n = _length(spans)
+        permutation = self.order.window_permutation(lane.number, window, n)
+        read = self.stream.dataset._chunks.read
+        for name, pool in self.data.items():
+            rows = np.concatenate([read(name, span.chunk)[span.start : span.stop] for span in spans])
+            rows.take(permutation, axis=0, out=pool[slot, :n], mode="clip")  # "raise" would copy twice
+        return slot
+
+
+def _lane_at(number: int, slot: int, windows: list[list[Span]], position: int) -> _Lane:
+    """The lane just before the window that holds lane position `position`."""
+    start, window = 0, 0
+    while window < len(windows) and position >= start + _length(windows[window]):
+        start += _length(windows[window])
+        window += 1
+    return _Lane(number, slot, windows, window, start, start, None)
 
 
 def _length(spans: list[Span]) -> int:

@@ -1,0 +1,108 @@
+"""Chunks of a split's arrays: fetched by ranged requests, checked against the manifest, decoded.
+
+Where a chunk lies is known from the segments, so a chunk is one request and a constant one none;
+neighbours in one object are fetched together. A damaged chunk is fetched once more before it is an
+error. Safe to use from many threads.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .errors import CorruptObject
+from .manifest import ShardTable
+from .shard import decode_chunk, shard_key
+from .store import Store
+
+_REQUEST_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Request:
+    """Neighbouring chunks of one array, in one object: one ranged request."""
+
+    path: str
+    first: int
+    """Number of the first chunk in the array."""
+    last: int
+    """One past the last."""
+
+    @property
+    def n_chunks(self) -> int:
+        return self.last - self.first
+
+
+class ChunkReader:
+    """Reads the committed chunks of one split."""
+
+    def __init__(
+        self, store: Store, split: str, layout: Mapping[str, Any], tables: Mapping[str, ShardTable]
+    ) -> None:
+        self.store, self.split, self.layout, self.tables = store, split, layout, tables
+
+    def requests(self, path: str, chunks: Sequence[int]) -> Iterator[Request]:
+        """The requests that bring these chunks (ascending numbers), neighbours joined up to 4 MiB."""
+        table = self.tables[f"{self.split}/{path}"]
+        per_shard = table.chunk_nbytes.shape[1]
+        nbytes = table.chunk_nbytes.reshape(-1)
+        end = table.chunk_offset.reshape(-1) + nbytes
+        run: list[int] = []
+        for chunk in chunks:
+            if run and (
+                chunk != run[-1] + 1
+                or chunk % per_shard == 0
+                or end[run[-1]] + nbytes[chunk] != end[chunk]
+                or end[chunk] - end[run[0]] + nbytes[run[0]] > _REQUEST_BYTES
+            ):
+                yield Request(path, run[0], run[-1] + 1)
+                run = []
+            run.append(chunk)
+        if run:
+            yield Request(path, run[0], run[-1] + 1)
+
+    def read(self, path: str, chunk: int) -> np.ndarray:
+        """One whole chunk, with the padding of a split's last one; not to be written to."""
+        return self.fetch(Request(path, chunk, chunk + 1))[0]
+
+    def fetch(self, request: Request) -> list[np.ndarray]:
+        """The whole chunks of a request; not to be written to.
+
+        Raises:
+            CorruptObject: the object is missing, or truncated or damaged both times; names its key.
+        """
+        array, table = self.layout[request.path], self.tables[f"{self.split}/{request.path}"]
+        shard, inner = divmod(request.first, table.chunk_nbytes.shape[1])
+        shape = (array["chunk_rows"], *array["row"])
+        if not np.isnan(table.constant[shard]):
+            value = array["dtype"].type(table.constant[shard])
+            return [np.broadcast_to(value, shape)] * request.n_chunks
+        here = slice(inner, inner + request.n_chunks)
+        start_C = table.chunk_offset[shard, here].tolist()
+        stop_C = (table.chunk_offset[shard, here] + table.chunk_nbytes[shard, here]).tolist()
+        checksum_C = table.chunk_crc32c[shard, here].tolist()
+        key = shard_key(table.path, shard, len(shape))
+        where = f"{self.store.url}/{key}"
+        data = memoryview(self._read(key, start_C[0], stop_C[-1]))
+        chunks = []
+        for start, stop, checksum in zip(start_C, stop_C, checksum_C, strict=True):
+            payload = data[start - start_C[0] : stop - start_C[0]]
+            try:
+                chunks.append(decode_chunk(payload, shape, array["dtype"], where, checksum))
+            except CorruptObject:  # once more, in case it was the transfer
+                again = self._read(key, start, stop)
+                if len(again) != stop - start:
+                    raise CorruptObject(
+                        f"{where} holds {start + len(again)} bytes, wanted {stop} or more; it is truncated"
+                    ) from None
+                chunks.append(decode_chunk(again, shape, array["dtype"], where, checksum))
+        return chunks
+
+    def _read(self, key: str, start: int, stop: int) -> bytes:
+        try:
+            return self.store.read(key, start, stop)
+        except FileNotFoundError:
+            raise CorruptObject(
+                f"{self.store.url}/{key} is missing although it was committed; restore it or harvest again"
+            ) from None
