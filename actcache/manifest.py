@@ -99,8 +99,8 @@ class BlockRecord:
                 block=_count(value["block"]),
                 n_rows=_count(value["n_rows"]),
                 n_sequences=_count(value["n_sequences"]),
-                objects=tuple(_object_record(o) for o in value["objects"]),
-                statistics={_checked_site(s): _statistics_from(v) for s, v in value["statistics"].items()},
+                objects=tuple(_object_record(o) for o in _typed(value["objects"], list)),
+                statistics={_checked_site(s): _checked_statistics(v) for s, v in value["statistics"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as err:
             raise FormatError(f"{key} is not a block record ({type(err).__name__}: {err})") from err
@@ -116,6 +116,21 @@ def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"{value!r} where a count belongs")
     return value
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"{value!r} where a {kind.__name__} belongs")
+    return value
+
+
+def _checked_statistics(value: Mapping[str, Any]) -> Statistics:
+    statistics = _statistics_from(value)
+    for f in fields(Statistics):
+        found = getattr(statistics, f.name)
+        if not isinstance(found, np.ndarray | int | float):
+            raise ValueError(f"{f.name} {found!r}")
+    return statistics
 
 
 def _object_record(value: Mapping[str, Any]) -> ObjectRecord:
