@@ -7,7 +7,6 @@ those of the store's verbs. The files of the last run stay under a temporary dir
 """
 
 import argparse
-import json
 import resource
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "actcache"))
 
-from hardware import hardware
+from hardware import report
 from synthetic import LOSSES, SITES, Synthetic
 from watched import Watched
 
@@ -39,9 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     for n_blocks in args.blocks:
         with tempfile.TemporaryDirectory() as directory:
-            print(
-                json.dumps(measure(directory, n_blocks, args.per_commit, args.d_in) | hardware()), flush=True
-            )
+            report("commit", **measure(directory, n_blocks, args.per_commit, args.d_in))
 
 
 def measure(directory: str, n_blocks: int, per_commit: int, d_in: int) -> dict[str, Any]:
@@ -66,7 +63,6 @@ def measure(directory: str, n_blocks: int, per_commit: int, d_in: int) -> dict[s
     assert complete.complete
     last = costs[-_TIMED:]
     out: dict[str, Any] = {
-        "benchmark": "commit",
         "blocks": n_blocks,
         "per_commit": per_commit,
         "d_in": d_in,

@@ -42,7 +42,7 @@ class Synthetic:
         stored_ND = acts_ND + rng.normal(size=acts_ND.shape).astype(np.float32) * 0.03
         rows = self.identity["block_rows"]
         few = Statistics.of(acts_ND, stored_ND, None, self.calibration)
-        self.statistics = replace(few, n_rows=rows, n_core=rows)
+        self._statistics = replace(few, n_rows=rows, n_core=rows)
 
     def calibrate(self, store: Store) -> None:
         """Store the calibrations."""
@@ -54,13 +54,22 @@ class Synthetic:
         blocks = dict.fromkeys(SPLITS, 0) | wanted
         return Committed(store, self.identity, "synthetic", dict.fromkeys(self.sites, self.d_in), blocks)
 
+    def statistics(self, block: int) -> Statistics:
+        """Of a block, as incompressible as real ones."""
+        found, rng = self._statistics, np.random.default_rng(block)
+        changed = {
+            name: getattr(found, name) * rng.uniform(0.99, 1.01, self.d_in)
+            for name in ("mean_D", "m2_D", "core_mean_D", "core_m2_D")
+        }
+        return replace(found, **changed)
+
     def record(self, split: str, block: int, sites: Sequence[str] | None = None) -> BlockRecord:
         """The record of a full block."""
         sites = sites or self.sites
         rows, context_size = self.identity["block_rows"], self.identity["tokens"]["context_size"]
         layout = array_layout(self.identity, dict.fromkeys(sites, self.d_in))
         objects = tuple(self._object(split, block, path, array) for path, array in layout.items())
-        statistics: Mapping[str, Statistics] = dict.fromkeys(sites, self.statistics)
+        statistics = dict.fromkeys(sites, self.statistics(block))
         return BlockRecord(split, block, rows, (block + 1) * rows // context_size, objects, statistics)
 
     def _object(self, split: str, block: int, path: str, array: Mapping[str, Any]) -> ObjectRecord:

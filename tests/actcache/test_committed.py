@@ -129,7 +129,7 @@ def test_merged_segments_say_what_the_records_said(per_commit):
             assert tuple(table.chunk_offset[shard]) == o.chunk_offset
             assert tuple(table.chunk_crc32c[shard]) == o.chunk_crc32c
     for site in SITES:
-        expected = merge([synthetic.statistics] * n).summary()
+        expected = merge([synthetic.statistics(block) for block in range(n)]).summary()
         found = dataset.stats(site)
         assert found["n_rows"] == expected["n_rows"]
         assert np.allclose(found["variance"], expected["variance"])
@@ -306,7 +306,7 @@ def test_one_block_named_by_two_records_counts_once_through_merged_segments():
     manifest = state.commit(dict.fromkeys(SITES, LOSSES), {})
     assert manifest.complete
     check_manifest(store, manifest)
-    assert manifest.fidelity[SITES[0]]["n_rows"] == FAN_IN * synthetic.statistics.n_rows
+    assert manifest.fidelity[SITES[0]]["n_rows"] == FAN_IN * SHAPE["block_rows"]
     (merged,) = manifest.segments
     objects = read_segment_table(store, merged.objects, merged.objects_sha256)
     named = list(zip(objects["path"].to_pylist(), objects["shard"].to_pylist(), strict=True))
