@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import NonFiniteActivation, SpecError
+from .errors import Conflict, NonFiniteActivation, SpecError
 
 CORE_RADIUS = 16.0
 """A core row lies within this many times the median squared distance from the per-channel median."""
@@ -19,6 +19,7 @@ CORE_RADIUS = 16.0
 _MAX_CODE = 127  # symmetric: -128 stays unused, so quantise(-x) == -quantise(x), and marks holes
 _MARGIN = 0.95  # without it "noise <= fvu" is a coin flip; it costs 0.04 bit
 _LIMIT = _MAX_CODE + 0.49
+_EDGE = 2.0**-5  # by which kernels may differ at the edge of int8: bf16 rounds to 2^-8
 _PIECE_VALUES = 2**17
 _TINY_STEP = 2.0**-100  # a constant site still gets a positive step
 
@@ -181,6 +182,28 @@ def quantise(acts_ND: np.ndarray, offset_D: np.ndarray, step: float) -> tuple[np
     return codes_ND, scale_N
 
 
+def quantise_at(acts_ND: np.ndarray, offset_D: np.ndarray, step: float, scale_N: np.ndarray) -> np.ndarray:
+    """int8 codes of rows whose scales are given: those that another run took for the same rows.
+
+    Where the scale is the one that `quantise` takes, so are the codes. Another kernel's rounding may
+    lift a value just past the largest code; there it is clipped.
+
+    Raises:
+        NonFiniteActivation: names the first bad row.
+        Conflict: a value exceeds what its row's scale holds by more than rounding does.
+    """
+    check_finite(acts_ND, "row")
+    scaled_ND = (acts_ND - offset_D) * np.float32(1.0 / step)
+    scaled_ND /= (scale_N / np.float32(step))[:, None]
+    peak_N = np.abs(scaled_ND).max(axis=1, initial=0.0)
+    if (peak_N > _LIMIT * (1 + _EDGE)).any():
+        row = int(np.argmax(peak_N))
+        raise Conflict(
+            f"a row reaches code {peak_N[row]:.1f} at the scale {scale_N[row]} that is stored for it"
+        )
+    return np.clip(np.rint(scaled_ND), -_MAX_CODE, _MAX_CODE).astype(np.int8)
+
+
 def _rescale_large_rows(scaled_ND: np.ndarray, scale_N: np.ndarray) -> None:
     """Divide, in place, each row that int8 cannot hold by a power of two and multiply its scale by it."""
     peak_N = np.abs(scaled_ND).max(axis=1)
@@ -198,16 +221,18 @@ def _piece_rows(acts_ND: np.ndarray) -> int:
 
 
 def encode(
-    acts_ND: np.ndarray, calibration: Calibration, precision: Precision
+    acts_ND: np.ndarray, calibration: Calibration, precision: Precision, scale_N: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Stored `codes` [N, D] in `precision.dtype`, and `scale` [N] where there is one.
 
-    bf16 rounds to nearest even; fp32 keeps every bit.
+    bf16 rounds to nearest even; fp32 keeps every bit. A given `scale_N` holds (`quantise_at`).
 
     Raises:
         NonFiniteActivation: a value is not finite, or overflows fp16 or bf16.
     """
     if precision.quantised:
+        if scale_N is not None:
+            return quantise_at(acts_ND, calibration.offset_D, calibration.step, scale_N), scale_N
         return quantise(acts_ND, calibration.offset_D, calibration.step)
     check_finite(acts_ND, "row")
     if precision.kind == "bf16":

@@ -1,23 +1,48 @@
-"""Creating shards: ours, an equal one, or a valid one of another writer; never over anybody's bytes.
+"""Storing blocks: ours, an equal one, or a valid one of another writer; never over anybody's bytes.
 
 The store makes an object appear whole or not at all. What it cannot decide is whose bytes hold when
-two writers differ (another zstd version, another kernel): the first valid shard does.
+two writers differ (another zstd version, another kernel): the first valid shard does, and who comes
+later quantises and measures against it. Specified in docs/format.md, "Commit protocol".
+Shapes: N rows, D = d_in.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .codec import Calibration, Statistics
 from .errors import Conflict, CorruptObject
-from .shard import Chunks, decode_shard, encode_shard, index_size, parse_index, shard_key
+from .layout import array_layout, sequences_per_shard
+from .manifest import BlockRecord, ObjectRecord
+from .shard import Chunks, chunk_checksums, decode_shard, encode_shard, index_size, parse_index, shard_key
 from .store import Store
 
+if TYPE_CHECKING:
+    from .corpus import TokenStore
+    from .harvester import BlockPlan
 
-def create_shard(
-    store: Store, path: str, shard: int, values: np.ndarray, array: Mapping[str, Any]
-) -> tuple[bytes, Chunks, np.ndarray]:
-    """Store one shard of the array at `path`; returns its bytes, chunk table and rows as they are stored.
+log = logging.getLogger(__name__)
+
+OTHER_ROOT = "use another root, or delete that object and run again"
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """A shard as it is stored."""
+
+    key: str
+    data: bytes
+    chunks: Chunks
+    rows: np.ndarray
+    ours: bool
+    """Whether this call created it; if not, equal or adopted bytes were there."""
+
+
+def create_shard(store: Store, path: str, shard: int, values: np.ndarray, array: Mapping[str, Any]) -> Shard:
+    """Store one shard of the array at `path`; returns what is stored then.
 
     Another writer's valid shard is adopted; a torn one, which only damage from outside can leave, is
     removed and written again.
@@ -29,39 +54,188 @@ def create_shard(
     data, chunks = encode_shard(values, array["chunk_rows"], array["shard_rows"], fill)
     key = shard_key(path, shard, values.ndim)
     try:
-        store.create(key, data)
+        created = store.create(key, data)
     except Conflict:
         try:
             return _adopt(store, key, values, array)
-        except CorruptObject:
+        except CorruptObject as err:
+            log.warning("%s; writing it again", err)
             store.delete(key)
-            store.create(key, data)
-    return data, chunks, values
+            created = store.create(key, data)
+    return Shard(key, data, chunks, values, created)
 
 
 def create_exact_shard(
     store: Store, path: str, shard: int, values: np.ndarray, array: Mapping[str, Any]
-) -> tuple[bytes, Chunks]:
+) -> Shard:
     """As `create_shard`, for values that do not depend on who computes them.
 
     Raises:
         Conflict: a valid shard with other values is there; it stays.
     """
-    data, chunks, stored = create_shard(store, path, shard, values, array)
-    if not np.array_equal(stored, values):
+    stored = create_shard(store, path, shard, values, array)
+    if not np.array_equal(stored.rows, values):
         raise Conflict(
-            f"{store.url}/{shard_key(path, shard, values.ndim)} holds other values than this run computes. "
-            "It is left as it is: use another root, or delete that object and run again"
+            f"{store.url}/{stored.key} holds other values than this run computes. "
+            f"It is left as it is: {OTHER_ROOT}"
         )
-    return data, chunks
+    return stored
 
 
-def _adopt(
-    store: Store, key: str, values: np.ndarray, array: Mapping[str, Any]
-) -> tuple[bytes, Chunks, np.ndarray]:
+def _adopt(store: Store, key: str, values: np.ndarray, array: Mapping[str, Any]) -> Shard:
     data = store.read(key)
     chunk_shape = (array["chunk_rows"], *values.shape[1:])
     where = f"{store.url}/{key}"
     stored = decode_shard(data, len(values), chunk_shape, array["shard_rows"], values.dtype, where)
     n_chunks = array["shard_rows"] // array["chunk_rows"]
-    return data, parse_index(data[-index_size(n_chunks) :], n_chunks, where), stored
+    chunks = parse_index(data[-index_size(n_chunks) :], n_chunks, where)
+    return Shard(key, data, chunks, stored, ours=False)
+
+
+class BlockCommit:
+    """One block on its way into the store: `scale` of every site, `codes`, `tokens`, then `record`.
+
+    A scale is stored before any code is, and holds from then on for every writer of the block: so
+    codes belong to the scales beside them, whoever stored either.
+    """
+
+    def __init__(
+        self, store: Store, identity: Mapping[str, Any], plan: "BlockPlan", widths: Mapping[str, int]
+    ) -> None:
+        self._store, self._identity, self._plan = store, identity, plan
+        self._layout = array_layout(identity, widths)
+        self._objects: list[ObjectRecord] = []
+        self._found: list[Shard] = []
+
+    def scale(self, site: str, scale_N: np.ndarray, step: float) -> np.ndarray:
+        """Store the scales of a site's rows; returns those that hold.
+
+        Raises:
+            Conflict: others are there that no kernel's rounding explains.
+        """
+        path = f"{site}/scale"
+        stored = create_shard(self._store, self._path(path), self._plan.block, scale_N, self._layout[path])
+        if stored.rows is not scale_N:
+            _check_scales(stored.rows, scale_N, step, f"{self._store.url}/{stored.key}")
+        self._note(path, self._plan.block, stored)
+        return stored.rows
+
+    def codes(self, site: str, codes_ND: np.ndarray) -> np.ndarray:
+        """Store a site's codes; returns those that hold: these, or what another run stored."""
+        path = f"{site}/codes"
+        stored = create_shard(self._store, self._path(path), self._plan.block, codes_ND, self._layout[path])
+        self._note(path, self._plan.block, stored)
+        return codes_ND if np.array_equal(stored.rows, codes_ND) else stored.rows
+
+    def tokens(self, tokens: "TokenStore") -> None:
+        """Store which token each row is, and the `input_ids` that this block brings."""
+        plan, layout = self._plan, self._layout
+        sequence_N, position_N = np.nonzero(plan.chosen_ST)
+        for name, natural in (
+            ("token_id", plan.input_ids_ST[plan.chosen_ST]),
+            ("sequence", sequence_N + plan.first_sequence),
+            ("position", position_N),
+        ):
+            values = np.empty(plan.n_rows, layout[name]["dtype"])
+            values[plan.place_N] = natural
+            self._exact(name, plan.block, values)
+        for shard, input_ids_ST, length_S in self._sequence_shards(tokens):
+            self._exact("input_ids", shard, input_ids_ST.astype(layout["input_ids"]["dtype"]))
+            self._exact("length", shard, length_S.astype(np.uint32))
+
+    def record(self, statistics: Mapping[str, Statistics]) -> bytes:
+        """Commit the block; returns the record that holds: this one, or that of who was first.
+
+        Then whatever this writer met in the store is looked for once more and written again if it is
+        gone: a collector that saw no record of it may have removed it meanwhile.
+        """
+        plan = self._plan
+        record = BlockRecord(
+            plan.split, plan.block, plan.n_rows, plan.last_sequence, tuple(self._objects), statistics
+        )
+        data = record.to_json()
+        try:
+            self._store.create(record.key, data)
+        except Conflict:
+            data = self._other_record(record.key, data)
+        for shard in self._found:
+            if not self._store.exists(shard.key):
+                log.warning(
+                    "%s/%s vanished while its block was committed; writing it again",
+                    self._store.url,
+                    shard.key,
+                )
+                self._store.create(shard.key, shard.data)
+        return data
+
+    def _other_record(self, key: str, ours: bytes) -> bytes:
+        """What another harvester committed; ours in place of a damaged record."""
+        found = self._store.read(key)
+        try:
+            BlockRecord.from_json(found, key)
+        except CorruptObject as err:
+            log.warning("%s/%s", self._store.url, err)
+            self._store.delete(key)
+            self._store.create(key, ours)
+            return ours
+        return found
+
+    def _path(self, path: str) -> str:
+        return f"{self._plan.split}/{path}"
+
+    def _exact(self, path: str, shard: int, values: np.ndarray) -> None:
+        stored = create_exact_shard(self._store, self._path(path), shard, values, self._layout[path])
+        self._note(path, shard, stored)
+
+    def _note(self, path: str, number: int, shard: Shard) -> None:
+        offsets, sizes = zip(*shard.chunks, strict=True)
+        checksums = tuple(chunk_checksums(shard.data, shard.chunks))
+        rows = shard.rows
+        constant = float(rows[0]) if path.endswith("/scale") and (rows == rows[0]).all() else None
+        self._objects.append(
+            ObjectRecord(self._path(path), number, len(shard.data), offsets, sizes, checksums, constant)
+        )
+        if not shard.ours:
+            self._found.append(shard)
+
+    def _sequence_shards(self, tokens: "TokenStore") -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """The `input_ids` shards that this block writes: those whose first sequence has its first row here."""
+        plan, per_shard = self._plan, sequences_per_shard(self._identity)
+        row_start = tokens.row_start(plan.split)
+        begin = int(np.searchsorted(row_start, plan.block * self._identity["block_rows"], side="left"))
+        for shard in range(-(-begin // per_shard), -(-plan.last_sequence // per_shard)):
+            first = shard * per_shard
+            last = min(first + per_shard, tokens.n_sequences(plan.split))
+            yield shard, *tokens.sequences(plan.split, first, last)
+
+
+def check_adopted(statistics: Statistics, calibration: Calibration, what: str) -> None:
+    """Refuse codes that are of other rows: kernels differ by rounding, other rows by their variance.
+
+    Raises:
+        Conflict: the squared error exceeds a quarter of the variance (other rows give twice it).
+    """
+    values = statistics.n_rows * len(statistics.mean_D)
+    allowed = 0.25 * float(statistics.m2_D.sum()) + values * calibration.step**2
+    if statistics.sse > allowed:
+        raise Conflict(
+            f"{what}: the codes that are stored are of other rows (squared error {statistics.sse:.3g}, at most "
+            f"{allowed:.3g} by rounding). They are left as they are: {OTHER_ROOT}"
+        )
+
+
+def _check_scales(stored_N: np.ndarray, ours_N: np.ndarray, step: float, where: str) -> None:
+    """Another kernel's rounding moves a row at the edge of int8 by one power of two, no more.
+
+    Raises:
+        Conflict: a scale is not `step` times a power of two, or not within a factor 2 of ours.
+    """
+    with np.errstate(all="ignore"):
+        mantissa_N, exponent_N = np.frexp(stored_N / np.float32(step))
+    good_N = (mantissa_N == 0.5) & (exponent_N >= 1) & (stored_N <= 2 * ours_N) & (ours_N <= 2 * stored_N)
+    if not good_N.all():
+        row = int(np.flatnonzero(~good_N)[0])
+        raise Conflict(
+            f"{where} holds the scale {stored_N[row]} for row {row}; this run takes {ours_N[row]} (step {step}) "
+            f"and rounding makes that twice or half of it at most. It is left as it is: {OTHER_ROOT}"
+        )

@@ -4,7 +4,6 @@ The driver alone writes manifests and `zarr.json`; Harvesters write shards and r
 them may die at any time: the same call again finishes the rest and repeats no committed block.
 """
 
-import hashlib
 import importlib.metadata
 import logging
 import platform
@@ -15,11 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .catalog import find_dataset
 from .codec import Precision
 from .commit import create_exact_shard
+from .committed import Committed
 from .corpus import ResolvedCorpus, TokenStore, resolve_corpus, tokenise, tokens_identity
 from .engines import Engine, LocalEngine, RayEngine, Unit
 from .errors import ActcacheError, Conflict, HarvestError, SpecError
@@ -29,14 +27,9 @@ from .manifest import (
     SPLITS,
     BlockRecord,
     Manifest,
-    SiteExtent,
-    commit_manifest,
     latest_version,
     read_manifest,
-    read_records,
-    read_segment_table,
     record_key,
-    write_segment,
 )
 from .progress import Progress
 from .spec import FORMAT, Spec, canonical_json, dataset_name, digest, shown_source
@@ -197,109 +190,36 @@ def harvest_missing(
     progress: bool = True,
 ) -> None:
     """Compute and commit what `store` lacks of `resolved`; no engine is made where nothing is missing."""
-    state = _State(store, resolved, tokens)
+    source = shown_source(resolved.spec.corpus.source)
+    wanted = _blocks_wanted(resolved, tokens)
+    state = Committed(store, resolved.identity, source, resolved.widths, wanted)
     missing = state.missing()
     if state.covered():
         assert state.manifest is not None
         if not _metadata_is_current(store, state.manifest):
-            _write_metadata(store)  # a driver died between its manifest and the Zarr metadata
+            _write_metadata(store, set())  # a driver died between its manifest and the Zarr metadata
         log.info("cache hit: %s holds all that was asked for, nothing to compute", store.url)
         return
-    log.info("%s: %d of %d blocks to harvest", store.url, len(missing), len(state.wanted))
+    log.info("%s: %d of %d blocks to harvest", store.url, len(missing), sum(wanted.values()))
     with engine_of(job) as pool:
-        _run(pool, state, missing, job, start, workers, progress)
+        _run(pool, state, tokens, missing, job, start, workers, progress)
 
 
-class _State:
-    """What is committed and what is wanted: from manifest, segments and loose records alone."""
-
-    def __init__(self, store: Store, resolved: Resolved, tokens: TokenStore) -> None:
-        self.store, self.resolved, self.tokens = store, resolved, tokens
-        spec, rows = resolved.spec, resolved.identity["block_rows"]
-        limits = {
-            "train": -(-spec.n_tokens // rows),
-            "validation": spec.validation_blocks,
-            "test": spec.test_blocks,
-        }
-        self.wanted = [
-            (split, block)
-            for split in ("validation", "test", "train")
-            for block in range(min(limits[split], -(-tokens.n_rows(split) // rows)))
-        ]
-
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Read again what is committed."""
-        version = latest_version(self.store)
-        self.manifest: Manifest | None = read_manifest(self.store, version) if version else None
-        self.done: dict[tuple[str, int], set[str]] = {}
-        self.loose: list[BlockRecord] = []
-        """Committed records that no segment holds yet."""
-        known = []
-        for segment in self.manifest.segments if self.manifest else ():
-            table = read_segment_table(self.store, segment.statistics, segment.statistics_sha256)
-            for row in table.select(["split", "block", "site", "sites"]).to_pylist():
-                self.done.setdefault((row["split"], row["block"]), set()).add(row["site"])
-                known.append(record_key(row["split"], row["block"], row["sites"].split(",")))
-        for record in read_records(self.store, known):
-            self.add(record)
-
-    def add(self, record: BlockRecord) -> None:
-        """Take in a record that was just committed."""
-        self.done.setdefault((record.split, record.block), set()).update(record.statistics)
-        self.loose.append(record)
-
-    def missing(self) -> list[Unit]:
-        """Blocks that lack a wanted site, held-out splits first."""
-        units = []
-        for split, block in self.wanted:
-            sites = tuple(s for s in self.resolved.sites if s not in self.done.get((split, block), ()))
-            if sites:
-                units.append((split, block, sites))
-        return units
-
-    def covered(self) -> bool:
-        """Whether the manifest, not only loose records, holds all that is wanted."""
-        manifest = self.manifest
-        return manifest is not None and all(
-            site in manifest.fidelity and block < manifest.sites[site].n_blocks[split]
-            for split, block in self.wanted
-            for site in self.resolved.sites
-        )
-
-    def prefix(self, split: str, site: str) -> int:
-        """How many blocks from the first on are committed for a site."""
-        n = 0
-        while site in self.done.get((split, n), ()):
-            n += 1
-        return n
-
-    def extents(self, widths: Mapping[str, int], calibrations: Mapping[str, str]) -> dict[str, SiteExtent]:
-        """The committed extent of each site that has any block."""
-        return {
-            site: SiteExtent(
-                widths[site], {split: self.prefix(split, site) for split in SPLITS}, calibrations[site]
-            )
-            for site in sorted(widths)
-        }
-
-    def split_sizes(self, sites: Mapping[str, SiteExtent]) -> dict[str, dict[str, int]]:
-        """n_blocks, n_rows and n_sequences of each split's longest committed prefix."""
-        block_rows = self.resolved.identity["block_rows"]
-        sizes = {}
-        for split in SPLITS:
-            n_blocks = max((e.n_blocks[split] for e in sites.values()), default=0)
-            n_rows = min(n_blocks * block_rows, self.tokens.n_rows(split))
-            row_start = self.tokens.row_start(split)
-            n_sequences = int(np.searchsorted(row_start, n_rows, side="left")) if n_rows else 0
-            sizes[split] = {"n_blocks": n_blocks, "n_rows": n_rows, "n_sequences": n_sequences}
-        return sizes
+def _blocks_wanted(resolved: Resolved, tokens: TokenStore) -> dict[str, int]:
+    """Blocks of each split that the Spec asks for and the tokens give."""
+    spec, rows = resolved.spec, resolved.identity["block_rows"]
+    asked = {
+        "train": -(-spec.n_tokens // rows),
+        "validation": spec.validation_blocks,
+        "test": spec.test_blocks,
+    }
+    return {split: min(asked[split], -(-tokens.n_rows(split) // rows)) for split in SPLITS}
 
 
 def _run(
     pool: "Engine",
-    state: _State,
+    state: Committed,
+    tokens: TokenStore,
     missing: Sequence[Unit],
     job: Job,
     start: float,
@@ -312,20 +232,23 @@ def _run(
     begun = time.monotonic()
     rows_done = 0
     last_compact = time.monotonic()
-    total = sum(_unit_rows(state, u) for u in missing)
+    offsets: set[str] = set()
+    block_rows = state.identity["block_rows"]
+    total = sum(min(block_rows, tokens.n_rows(split) - block * block_rows) for split, block, _ in missing)
     with Progress("harvest", total, "rows", show=progress) as bar:
         for unit, result in _with_attempts(pool, missing):
             if isinstance(result, BaseException):
                 failed.append((unit, result))
                 log.error("block %d of %s set aside: %s", unit[1], unit[0], result)
                 continue
-            record = BlockRecord.from_json(result, f"record of {unit[0]} block {unit[1]}")
+            record = BlockRecord.from_json(result, record_key(*unit))
             state.add(record)
             rows_done += record.n_rows
             bar.advance(record.n_rows, out=_bits_per_value(record))
             now = time.monotonic()
             if now - last_compact > _COMPACT_EVERY_S or len(state.loose) >= _COMPACT_EVERY_BLOCKS:
-                _commit(state, {}, {}, complete=False)
+                state.commit({}, {})
+                _write_metadata(state.store, offsets)
                 last_compact = now
     elapsed = time.monotonic() - begun
     provenance = _provenance(job, workers) | {
@@ -335,9 +258,8 @@ def _run(
         "rows_per_s": round(rows_done / elapsed, 1) if rows_done else 0.0,
         "startup_s": round(begun - start, 3),
     }
-    known = state.manifest.fidelity if state.manifest else {}
-    fidelity = {} if failed else pool.fidelity([site for site in job.sites if site not in known])
-    _commit(state, fidelity, provenance, complete=not failed)
+    state.commit({} if failed else pool.fidelity(state.unmeasured()), provenance)
+    _write_metadata(state.store, offsets)
     if failed:
         names = ", ".join(f"{u[0]} block {u[1]}" for u, _ in failed[:5])
         more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
@@ -365,54 +287,10 @@ def _with_attempts(pool: "Engine", units: Iterable[Unit]) -> Iterator[tuple[Unit
             yield unit, result
 
 
-def _commit(
-    state: _State,
-    fidelity: Mapping[str, dict[str, float]],
-    provenance: Mapping[str, Any],
-    *,
-    complete: bool,
-) -> None:
-    """Compact loose records into a segment, create the next manifest version, grow `zarr.json`.
-
-    Another driver may create that version first: then what it committed is taken in and the next
-    version tried.
-    """
-    store, spec = state.store, state.resolved.spec
-    while True:
-        before = state.manifest
-        known = {site: e.d_in for site, e in before.sites.items()} if before else {}
-        all_widths = {**known, **state.resolved.widths}
-        raw = {site: store.read(calibration_key(site)) for site in all_widths}
-        digests = {site: _sha256(data) for site, data in raw.items()}
-        segment = write_segment(store, state.loose) if state.loose else None
-        sites = state.extents(all_widths, digests)
-        manifest = Manifest(
-            version=before.version + 1 if before else 1,
-            id=state.resolved.id,
-            identity=state.resolved.identity,
-            source=shown_source(spec.corpus.source),
-            splits=state.split_sizes(sites),
-            sites=sites,
-            segments=(*(before.segments if before else ()), *([segment] if segment else ())),
-            wanted={
-                "sites": list(state.resolved.sites),
-                "n_tokens": spec.n_tokens,
-                "validation_blocks": spec.validation_blocks,
-                "test_blocks": spec.test_blocks,
-            },
-            complete=complete and not state.missing(),
-            fidelity={**(before.fidelity if before else {}), **fidelity},
-            provenance=dict(provenance) or (before.provenance if before else {}),
-        )
-        if commit_manifest(store, manifest):
-            state.manifest, state.loose = manifest, []
-            break
-        state.refresh()
-    _write_metadata(store)
-
-
-def _write_metadata(store: Store) -> None:
+def _write_metadata(store: Store, offsets: set[str]) -> None:
     """Bring offsets and `zarr.json` to the newest manifest; the root's `zarr.json` comes last.
+
+    `offsets` has the offset arrays known to be there.
 
     Whoever commits a version checks afterwards that none came meanwhile, so the last word is that of
     the newest version and no shape stays shrunk.
@@ -420,8 +298,10 @@ def _write_metadata(store: Store) -> None:
     while True:
         manifest = read_manifest(store)
         for path, site, array in offset_arrays(manifest):
-            calibration = parse_calibration(store.read(calibration_key(site)), site)
-            create_exact_shard(store, path, 0, calibration.offset_D, array)
+            if path not in offsets:
+                calibration = parse_calibration(store.read(calibration_key(site)), site)
+                create_exact_shard(store, path, 0, calibration.offset_D, array)
+                offsets.add(path)
         for key, data in zarr_metadata(manifest).items():
             store.replace(key, data)
         if latest_version(store) == manifest.version:
@@ -450,11 +330,6 @@ def _claim(store: Store, resolved: Resolved) -> None:
         )
 
 
-def _unit_rows(state: _State, unit: Unit) -> int:
-    block_rows = state.resolved.identity["block_rows"]
-    return min(block_rows, state.tokens.n_rows(unit[0]) - unit[1] * block_rows)
-
-
 def _bits_per_value(record: BlockRecord) -> str:
     stored = sum(o.size_bytes for o in record.objects if o.path.endswith(("/codes", "/scale")))
     values = sum(len(s.mean_D) for s in record.statistics.values()) * record.n_rows
@@ -473,7 +348,3 @@ def _provenance(job: Job, workers: int) -> dict[str, Any]:
         "lm_batch": job.lm_batch,
         "workers": workers,
     }
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

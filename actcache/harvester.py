@@ -9,19 +9,17 @@ Shapes: B sequences of an LM batch, T tokens, N rows, D = d_in.
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .codec import Calibration, Precision, Statistics, calibrate, decode, encode, merge
-from .commit import create_exact_shard, create_shard
+from .commit import OTHER_ROOT, BlockCommit, check_adopted
 from .corpus import TokenStore, kept_tokens, open_tokens
 from .errors import Conflict, NonFiniteActivation
-from .layout import array_layout, calibration_json, calibration_key, parse_calibration, sequences_per_shard
-from .manifest import BlockRecord, ObjectRecord
+from .layout import calibration_json, calibration_key, parse_calibration
 from .order import permutation
-from .shard import Chunks, chunk_checksums
 from .store import Store, open_store
 
 CALIBRATION_SEQUENCES = 256
@@ -146,31 +144,89 @@ class Harvester:
             StoreError: the store refused; nothing of the block is visible.
         """
         plan = plan_block(self.tokens, self.job.identity, split, block)
+        widths = {site: self.d_in[site] for site in sites}
+        commit = BlockCommit(self.store, self.job.identity, plan, widths)
+        codes, scales, statistics = self._encode(plan, sites, {})
+        if self.precision.quantised:
+            theirs = {}
+            for site in sites:
+                stored_N = commit.scale(site, scales[site], self.calibration(site).step)
+                if not np.array_equal(stored_N, scales[site]):
+                    theirs[site] = stored_N
+            if theirs:
+                theirs_codes, theirs_scales, theirs_statistics = self._encode(plan, list(theirs), theirs)
+                codes, scales, statistics = (
+                    codes | theirs_codes,
+                    scales | theirs_scales,
+                    statistics | theirs_statistics,
+                )
+        stored = {site: commit.codes(site, codes[site]) for site in sites}
+        adopted = {site: stored_ND for site, stored_ND in stored.items() if stored_ND is not codes[site]}
+        if adopted:
+            statistics |= self._measure(plan, adopted, scales)
+        commit.tokens(self.tokens)
+        return commit.record(statistics)
+
+    def _encode(
+        self, plan: BlockPlan, sites: Sequence[str], given: Mapping[str, np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, Statistics]]:
+        """Codes, scales and statistics of a block in stored order, by site; at the `given` scales, if any."""
         codes = {s: np.empty((plan.n_rows, self.d_in[s]), self.precision.dtype) for s in sites}
         scales = {s: np.empty(plan.n_rows, np.float32) for s in sites}
         parts: dict[str, list[Statistics]] = {s: [] for s in sites}
-        done = 0
         with self._lm_lock:
-            for start, acts in self._forward(plan.input_ids_ST, sites):
-                chosen = plan.chosen_ST[start : start + self.job.lm_batch]
-                count = int(chosen.sum())
-                place_N = plan.place_N[done : done + count]
+            for start, chosen, place_N, acts in self._rows(plan, sites):
                 for site in sites:
                     calibration = self.calibration(site)
                     rows_ND = acts[site][chosen]
+                    given_N = given[site][place_N] if site in given else None
                     try:
-                        codes_ND, scale_N = encode(rows_ND, calibration, self.precision)
+                        codes_ND, scale_N = encode(rows_ND, calibration, self.precision, given_N)
                     except NonFiniteActivation as err:
                         raise NonFiniteActivation(_bad_row(err, site, plan, start, chosen, rows_ND)) from None
+                    except Conflict as err:
+                        raise Conflict(
+                            f"{site}, {plan.split} block {plan.block}: {err}; {OTHER_ROOT}"
+                        ) from None
                     codes[site][place_N] = codes_ND
                     if scale_N is not None:
                         scales[site][place_N] = scale_N
-                    stored_ND = decode(codes_ND, scale_N, calibration.offset_D, self.precision)
-                    if count:
+                    if len(place_N):
+                        stored_ND = decode(codes_ND, scale_N, calibration.offset_D, self.precision)
                         parts[site].append(Statistics.of(rows_ND, stored_ND, scale_N, calibration))
-                done += count
-        statistics = {site: merge(parts[site]) for site in sites}
-        return self._commit(plan, codes, scales, statistics)
+        return codes, scales, {site: merge(parts[site]) for site in sites}
+
+    def _measure(
+        self, plan: BlockPlan, codes: Mapping[str, np.ndarray], scales: Mapping[str, np.ndarray]
+    ) -> dict[str, Statistics]:
+        """Statistics of codes that another run stored, their error that against this run's rows.
+
+        Raises:
+            Conflict: they are not of these rows.
+        """
+        parts: dict[str, list[Statistics]] = {s: [] for s in codes}
+        with self._lm_lock:
+            for _, chosen, place_N, acts in self._rows(plan, list(codes)):
+                for site in codes if len(place_N) else ():
+                    calibration = self.calibration(site)
+                    scale_N = scales[site][place_N] if self.precision.quantised else None
+                    stored_ND = decode(codes[site][place_N], scale_N, calibration.offset_D, self.precision)
+                    parts[site].append(Statistics.of(acts[site][chosen], stored_ND, scale_N, calibration))
+        statistics = {site: merge(parts[site]) for site in codes}
+        for site, found in statistics.items():
+            check_adopted(found, self.calibration(site), f"{site}, {plan.split} block {plan.block}")
+        return statistics
+
+    def _rows(
+        self, plan: BlockPlan, sites: Sequence[str]
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
+        """Yield (first sequence, chosen [B, T], place [n], {site: [B, T, D]}) of each LM batch of a block."""
+        done = 0
+        for start, acts in self._forward(plan.input_ids_ST, sites):
+            chosen = plan.chosen_ST[start : start + self.job.lm_batch]
+            count = int(chosen.sum())
+            yield start, chosen, plan.place_N[done : done + count], acts
+            done += count
 
     def attention(self) -> str:
         """The attention kernel that the LM runs: provenance."""
@@ -239,80 +295,6 @@ class Harvester:
                 acts = run_capture(self.lm.model, torch.from_numpy(batch).to(self.job.device), list(sites))
                 rows = {site: acts[site].float().cpu().numpy() for site in sites}
             yield start, rows
-
-    def _commit(
-        self,
-        plan: BlockPlan,
-        codes: Mapping[str, np.ndarray],
-        scales: Mapping[str, np.ndarray],
-        statistics: dict[str, Statistics],
-    ) -> bytes:
-        layout = array_layout(self.job.identity, {site: self.d_in[site] for site in codes})
-        objects: list[ObjectRecord] = []
-
-        def note(path: str, shard: int, data: bytes, chunks: Chunks, constant: float | None = None) -> None:
-            offsets, sizes = zip(*chunks, strict=True)
-            checksums = tuple(chunk_checksums(data, chunks))
-            objects.append(
-                ObjectRecord(f"{plan.split}/{path}", shard, len(data), offsets, sizes, checksums, constant)
-            )
-
-        def write(path: str, shard: int, values: np.ndarray) -> None:
-            data, chunks = create_exact_shard(self.store, f"{plan.split}/{path}", shard, values, layout[path])
-            constant = float(values[0]) if path.endswith("/scale") and (values == values[0]).all() else None
-            note(path, shard, data, chunks, constant)
-
-        for site, codes_ND in codes.items():
-            if self.precision.quantised:
-                write(f"{site}/scale", plan.block, scales[site])
-            path = f"{site}/codes"
-            data, chunks, stored = create_shard(
-                self.store, f"{plan.split}/{path}", plan.block, codes_ND, layout[path]
-            )
-            note(path, plan.block, data, chunks)
-            if stored is not codes_ND:
-                statistics[site] = self._statistics_of_stored(site, stored, scales[site], statistics[site])
-        sequence_N, position_N = np.nonzero(plan.chosen_ST)
-        token_N = plan.input_ids_ST[plan.chosen_ST]
-        for name, natural in (
-            ("token_id", token_N),
-            ("sequence", sequence_N + plan.first_sequence),
-            ("position", position_N),
-        ):
-            values = np.empty(plan.n_rows, layout[name]["dtype"])
-            values[plan.place_N] = natural
-            write(name, plan.block, values)
-        for shard, input_ids_ST, length_S in self._sequence_shards(plan):
-            write("input_ids", shard, input_ids_ST.astype(layout["input_ids"]["dtype"]))
-            write("length", shard, length_S.astype(np.uint32))
-        record = BlockRecord(
-            plan.split, plan.block, plan.n_rows, plan.last_sequence, tuple(objects), statistics
-        )
-        try:
-            self.store.create(record.key, record.to_json())
-        except Conflict:
-            return self.store.read(record.key)  # another harvester committed the block: its record holds
-        return record.to_json()
-
-    def _sequence_shards(self, plan: BlockPlan) -> Any:
-        """The `input_ids` shards that this block writes: those whose first sequence has its first row here."""
-        per_shard = sequences_per_shard(self.job.identity)
-        row_start = self.tokens.row_start(plan.split)
-        begin = int(np.searchsorted(row_start, plan.block * self.job.identity["block_rows"], side="left"))
-        for shard in range(-(-begin // per_shard), -(-plan.last_sequence // per_shard)):
-            first = shard * per_shard
-            last = min(first + per_shard, self.tokens.n_sequences(plan.split))
-            yield shard, *self.tokens.sequences(plan.split, first, last)
-
-    def _statistics_of_stored(
-        self, site: str, codes_ND: np.ndarray, scale_N: np.ndarray, ours: Statistics
-    ) -> Statistics:
-        """Statistics of adopted codes; the error against the LM's output is this run's."""
-        calibration = self.calibration(site)
-        stored_ND = decode(codes_ND, scale_N, calibration.offset_D, self.precision)
-        scale = scale_N if self.precision.quantised else None
-        theirs = Statistics.of(stored_ND, stored_ND, scale, calibration)
-        return replace(theirs, sse=ours.sse, core_sse=ours.core_sse, max_error=ours.max_error)
 
 
 def _bad_row(

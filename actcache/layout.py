@@ -101,10 +101,14 @@ def offset_arrays(manifest: Manifest) -> Iterator[tuple[str, str, dict[str, Any]
                 yield f"{split}/{site}/offset", site, array
 
 
-def n_shards(manifest: Manifest, split: str, path: str) -> int:
-    """Committed shards of an array of a split."""
-    array = array_layout(manifest.identity, {site: e.d_in for site, e in manifest.sites.items()})[path]
-    return -(-_committed(manifest, split, path, manifest.splits[split]) // array["shard_rows"])
+def n_shards(manifest: Manifest, split: str) -> dict[str, int]:
+    """Committed shards of each array of a split, by its path in the split."""
+    layout = array_layout(manifest.identity, {site: e.d_in for site, e in manifest.sites.items()})
+    size = manifest.splits[split]
+    return {
+        path: -(-_committed(manifest, split, path, size) // array["shard_rows"])
+        for path, array in layout.items()
+    }
 
 
 def site_rows(manifest: Manifest, split: str, site: str) -> int:

@@ -9,10 +9,12 @@ import base64
 import hashlib
 import io
 import json
+import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -23,10 +25,14 @@ from .errors import Conflict, CorruptObject, FormatError, NotADataset
 from .spec import FORMAT, canonical_json, digest
 from .store import Store
 
+log = logging.getLogger(__name__)
+
 SPLITS = ("train", "validation", "test")
 
 _MAX_CHUNKS = 1 << 20
 _MAX_WIDTH = 1 << 24
+MAX_SHARDS = 1 << 24
+_READ_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -75,38 +81,67 @@ class BlockRecord:
             "objects": [asdict(o) for o in self.objects],
             "statistics": {site: _statistics_json(s) for site, s in sorted(self.statistics.items())},
         }
+        value["digest"] = digest(value)
         return canonical_json(value).encode()
 
     @classmethod
     def from_json(cls, data: bytes, key: str) -> "BlockRecord":
-        """Parse a record.
+        """Parse the record stored under `key`.
 
         Raises:
-            FormatError: not a record of a known format.
+            CorruptObject: not JSON, or not as its digest says; names the key.
+            FormatError: of an unknown format, of wrong types, or of another key.
         """
+        value = parse_digested(data, key, _REDO)
         try:
-            value = json.loads(data)
-            check_format(value, key)
-            return cls(
+            record = cls(
                 split=value["split"],
-                block=int(value["block"]),
-                n_rows=int(value["n_rows"]),
-                n_sequences=int(value["n_sequences"]),
-                objects=tuple(
-                    ObjectRecord(
-                        **{
-                            **o,
-                            "chunk_offset": tuple(o["chunk_offset"]),
-                            "chunk_nbytes": tuple(o["chunk_nbytes"]),
-                            "chunk_crc32c": tuple(o["chunk_crc32c"]),
-                        }
-                    )
-                    for o in value["objects"]
-                ),
-                statistics={site: _statistics_from(s) for site, s in value["statistics"].items()},
+                block=_count(value["block"]),
+                n_rows=_count(value["n_rows"]),
+                n_sequences=_count(value["n_sequences"]),
+                objects=tuple(_object_record(o) for o in _typed(value["objects"], list)),
+                statistics={_checked_site(s): _checked_statistics(v) for s, v in value["statistics"].items()},
             )
-        except (KeyError, TypeError, ValueError) as err:
+        except (KeyError, TypeError, ValueError, AttributeError) as err:
             raise FormatError(f"{key} is not a block record ({type(err).__name__}: {err})") from err
+        if record.key != key:
+            raise FormatError(f"{key} says it is {record.key}; it was copied or renamed. Delete it")
+        return record
+
+
+_REDO = "Run the harvest again: it computes the block again and writes the record anew"
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} where a count belongs")
+    return value
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"{value!r} where a {kind.__name__} belongs")
+    return value
+
+
+def _checked_statistics(value: Mapping[str, Any]) -> Statistics:
+    statistics = _statistics_from(value)
+    for f in fields(Statistics):
+        found = getattr(statistics, f.name)
+        if not isinstance(found, np.ndarray | int | float):
+            raise ValueError(f"{f.name} {found!r}")
+    return statistics
+
+
+def _object_record(value: Mapping[str, Any]) -> ObjectRecord:
+    chunks = {k: tuple(map(_count, value[k])) for k in ("chunk_offset", "chunk_nbytes", "chunk_crc32c")}
+    constant = value["constant"]
+    if not (constant is None or isinstance(constant, float)) or not isinstance(value["path"], str):
+        raise ValueError(f"path {value['path']!r} with constant {constant!r}")
+    sizes = {k: _count(value[k]) for k in ("shard", "size_bytes")}
+    if sizes["shard"] >= MAX_SHARDS:
+        raise ValueError(f"shard {sizes['shard']}")
+    return ObjectRecord(**{**value, **sizes, **chunks})
 
 
 def record_key(split: str, block: int, sites: Iterable[str]) -> str:
@@ -114,14 +149,25 @@ def record_key(split: str, block: int, sites: Iterable[str]) -> str:
     return f"_records/{split}/{block:08d}-{digest(sorted(sites))[:12]}.json"
 
 
-def read_records(store: Store, known: Iterable[str] = ()) -> list[BlockRecord]:
-    """Every record in the store whose key is not among `known`."""
-    skip = set(known)
-    return [
-        BlockRecord.from_json(store.read(o.key), o.key)
-        for o in store.listing("_records")
-        if o.key.endswith(".json") and o.key not in skip
-    ]
+def read_records(store: Store, known: Collection[str] = ()) -> list[BlockRecord]:
+    """Every record in the store whose key is not among `known`: one listing, then concurrent reads.
+
+    A damaged one is left out, with a warning: its block counts as missing, and whoever computes it
+    again replaces the record.
+    """
+    keys = [o.key for o in store.listing("_records") if o.key.endswith(".json") and o.key not in known]
+
+    def read(key: str) -> BlockRecord | None:
+        try:
+            return BlockRecord.from_json(store.read(key), key)
+        except CorruptObject as err:
+            log.warning("%s/%s", store.url, err)
+        except FileNotFoundError:
+            log.debug("%s vanished since the listing: gc took it", key)
+        return None
+
+    with ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="records") as pool:
+        return [record for record in pool.map(read, keys) if record is not None]
 
 
 # Segments
@@ -164,7 +210,7 @@ class Segment:
 def write_segment(store: Store, records: Sequence[BlockRecord]) -> Segment:
     """Compact records into two immutable parquet files, named by their content."""
     objects, statistics = [], []
-    for r in records:
+    for r in sorted(records, key=lambda r: r.key):
         sites = ",".join(sorted(r.statistics))
         objects += [{"split": r.split, "block": r.block, "sites": sites, **asdict(o)} for o in r.objects]
         for site, s in sorted(r.statistics.items()):
@@ -174,15 +220,21 @@ def write_segment(store: Store, records: Sequence[BlockRecord]) -> Segment:
                 value = getattr(s, f.name)
                 row[f.name] = value.astype("<f8").tobytes() if f.name.endswith("_D") else value
             statistics.append(row)
+    tables = (pa.Table.from_pylist(objects, _OBJECTS), pa.Table.from_pylist(statistics, _STATISTICS))
+    return store_segment(store, *tables, len(records))
+
+
+def store_segment(store: Store, objects: pa.Table, statistics: pa.Table, n_records: int) -> Segment:
+    """Create the two files of a segment."""
     keys, digests = [], []
-    for kind, rows, schema in (("objects", objects, _OBJECTS), ("statistics", statistics, _STATISTICS)):
+    for kind, table in (("objects", objects), ("statistics", statistics)):
         sink = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd")
         data = sink.getvalue()
         digests.append(hashlib.sha256(data).hexdigest())
         keys.append(f"_segments/{digests[-1][:16]}-{kind}.parquet")
         store.create(keys[-1], data)
-    return Segment(keys[0], keys[1], digests[0], digests[1], len(records))
+    return Segment(keys[0], keys[1], digests[0], digests[1], n_records)
 
 
 def read_segment_table(store: Store, key: str, sha256: str) -> pa.Table:
@@ -267,10 +319,11 @@ def statistics_of(table: pa.Table, split: str, site: str, n_blocks: int) -> list
         pa.compute.less(table["block"], n_blocks),
     )
     by_block = {row["block"]: row for row in table.filter(chosen).to_pylist()}
-    return [_statistics_row(row) for _, row in sorted(by_block.items())]
+    return [statistics_row(row) for _, row in sorted(by_block.items())]
 
 
-def _statistics_row(row: Mapping[str, Any]) -> Statistics:
+def statistics_row(row: Mapping[str, Any]) -> Statistics:
+    """The Statistics in one row of a segment table."""
     values: dict[str, Any] = {
         f.name: np.frombuffer(row[f.name], "<f8") if f.name.endswith("_D") else row[f.name]
         for f in fields(Statistics)
@@ -303,15 +356,15 @@ class Manifest:
     source: str
     """The corpus as the person named it (shown, not hashed); no credentials."""
     splits: dict[str, dict[str, int]]
-    """By split: n_blocks, n_rows, n_sequences of the committed prefix."""
+    """By split: n_blocks, n_rows, n_sequences and size_bytes of the committed prefix."""
     sites: dict[str, SiteExtent]
     segments: tuple[Segment, ...]
-    wanted: dict[str, Any]
-    """The extent last asked for: sites, n_tokens, validation_blocks, test_blocks."""
+    wanted: dict[str, dict[str, int]]
+    """By site and split: blocks wanted, the most that any run asked for."""
     complete: bool
-    """Whether everything wanted is committed."""
+    """Whether everything wanted is committed and its effect on the LM's loss measured."""
     fidelity: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By site: measured effect of storing (CE of the LM with stored values spliced in)."""
+    """By site: noise and size of what is stored, and its effect on the LM's loss once measured."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Versions, kernel, LM batch, workers and rate of the run that wrote this version."""
 
@@ -365,14 +418,7 @@ def read_manifest(store: Store, version: int | None = None) -> Manifest:
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """Check and parse the bytes of a manifest; nothing in it is trusted before its shape is checked."""
-    try:
-        value = json.loads(data)
-    except ValueError as err:
-        raise FormatError(f"{where} is not JSON ({err}); the manifest is damaged") from err
-    check_format(value, where)
-    stated = value.pop("digest", None)
-    if stated != digest(value):
-        raise CorruptObject(f"{where} does not match its digest; restore it, or pin an older version")
+    value = parse_digested(data, where, "Restore it, or pin an older version")
     value.pop("format")
     try:
         value["sites"] = {_checked_site(s): SiteExtent(**e) for s, e in value["sites"].items()}
@@ -393,6 +439,28 @@ def commit_manifest(store: Store, manifest: Manifest) -> bool:
     except Conflict:
         return False
     return True
+
+
+def parse_digested(data: bytes, where: str, remedy: str) -> dict[str, Any]:
+    """The JSON object in `data` without its `digest`, which must be that of the rest.
+
+    Raises:
+        FormatError: of an unknown format.
+        CorruptObject: not JSON, or not as its digest says.
+    """
+    try:
+        value = json.loads(data)
+    except ValueError as err:
+        raise CorruptObject(f"{where} is damaged: not JSON ({err}). {remedy}") from err
+    check_format(value, where)
+    try:
+        canonical = canonical_json(value).encode()
+    except ValueError as err:
+        raise FormatError(f"{where} holds what no JSON of ours does: {err}") from err
+    # the bytes too: a changed last digit may read back as the same number
+    if canonical != data or value.pop("digest", None) != digest(value):
+        raise CorruptObject(f"{where} is damaged: it does not match its digest. {remedy}")
+    return cast(dict[str, Any], value)
 
 
 def check_format(value: Any, where: str) -> None:

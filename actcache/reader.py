@@ -316,8 +316,9 @@ class Dataset:
 
     @cached_property
     def _tables(self) -> dict[str, ShardTable]:
-        counts = {f"{self.split_name}/{p}": n_shards(self.manifest, self.split_name, p) for p in self._layout}
-        return shard_tables(self._shared.objects, self.split_name, {p: n for p, n in counts.items() if n})
+        counts = n_shards(self.manifest, self.split_name)
+        present = {f"{self.split_name}/{path}": n for path, n in counts.items() if n}
+        return shard_tables(self._shared.objects, self.split_name, present)
 
     @cached_property
     def _chunks(self) -> ChunkReader:

@@ -4,7 +4,9 @@
 through the driver and a Harvester whose `_forward` returns what was recorded.
 """
 
+import copy
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,15 @@ class Recorded:
             device="cpu",
             threads=0,
         )
+
+    def with_acts(self, change: Callable[[str, np.ndarray], np.ndarray]) -> "Recorded":
+        """The same with other activations: `change(site, acts [T, D])` of each sequence. Another kernel."""
+        other = copy.copy(self)
+        other.acts = {
+            row: {site: change(site, acts_TD) for site, acts_TD in acts.items()}
+            for row, acts in self.acts.items()
+        }
+        return other
 
     def asking(self, **extent: Any) -> Resolved:
         """The same identity with another extent: `n_tokens`, `sites`, `validation_blocks`, `test_blocks`."""

@@ -14,7 +14,7 @@ import actcache
 from actcache.errors import CorruptObject, FormatError, NotADataset, SpecError
 from actcache.order import Order
 from actcache.shard import shard_key
-from actcache.spec import digest
+from actcache.spec import canonical_json, digest
 
 CHUNK = 64
 
@@ -230,7 +230,7 @@ def rewrite_manifest(copy, change):
     value.pop("digest")
     change(value)
     value["digest"] = digest(value)
-    path.write_text(json.dumps(value))
+    path.write_text(canonical_json(value))
 
 
 @pytest.mark.parametrize(

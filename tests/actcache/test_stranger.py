@@ -395,6 +395,7 @@ def test_every_field_of_a_manifest_and_its_identity_is_on_the_page_and_no_other(
     sites = "|".join(map(re.escape, manifest["sites"]))
     names = {
         rf"^(sites|fidelity)\.(?:{sites})": r"\1.<site>",
+        rf"^wanted\.(?:{sites})\.\w+": "wanted.<site>.<split>",
         r"^splits\.\w+": "splits.<split>",
         r"n_blocks\.\w+": "n_blocks.<split>",
         r"versions\.\w+": "versions.<package>",

@@ -1,0 +1,335 @@
+"""What is committed of a dataset, kept up to date, and the next version of it.
+
+One driver holds one `Committed`. Opening it reads every segment once; after that a commit costs what
+its new records cost, whatever the number of blocks: prefixes, sizes and statistics are running
+values, and segments are merged in tiers. Any number of drivers may commit to one dataset: who loses
+the race for a version takes in what the winner committed. It never writes `zarr.json`.
+Specified in docs/format.md, "Segments", "Manifest" and "Commit protocol".
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .codec import Statistics, merge
+from .layout import calibration_key, n_shards
+from .manifest import (
+    SPLITS,
+    BlockRecord,
+    Manifest,
+    Segment,
+    SiteExtent,
+    commit_manifest,
+    latest_version,
+    read_manifest,
+    read_records,
+    read_segment_table,
+    record_key,
+    write_segment,
+)
+from .segments import compact, object_sizes, statistics_at
+from .spec import digest
+from .store import Store
+
+log = logging.getLogger(__name__)
+
+_TAKE = 1024  # blocks whose statistics are unpacked at a time
+_LOSSES = ("ce_clean", "ce_stored", "ce_change", "n_tokens")
+_STORED = ("n_rows", "fvu_core", "fvu_all", "max_error", "rows_rescaled")
+_MEASURED = "ce_change"
+
+
+class Committed:
+    """The committed blocks of a dataset and what this run wants of it.
+
+    Not thread-safe; `add` and `commit` belong to one driver's loop.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        identity: Mapping[str, Any],
+        source: str,
+        widths: Mapping[str, int],
+        wanted: Mapping[str, int],
+    ) -> None:
+        """Read what is committed.
+
+        Args:
+            store: the dataset's prefix.
+            source: the corpus as it is shown.
+            widths: d_in of each site that this run wants.
+            wanted: blocks of each split that this run wants of each of them.
+        """
+        self.store, self.identity, self.source = store, dict(identity), source
+        self.widths, self.wanted = dict(widths), {split: wanted[split] for split in SPLITS}
+        self.manifest: Manifest | None = None
+        self.loose: list[BlockRecord] = []
+        """Committed records that no segment holds yet."""
+        self._runs: dict[tuple[str, str], _Runs] = {}
+        self._sizes: dict[str, _Sizes] = {}
+        self._n_sequences: dict[str, dict[int, int]] = {split: {} for split in SPLITS}
+        self._compacted: set[str] = set()
+        self._segments: set[str] = set()
+        self._calibrations: dict[str, str] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in what others have committed: segments not seen yet, and loose records."""
+        version = latest_version(self.store)
+        if version and (self.manifest is None or self.manifest.version != version):
+            self.manifest = read_manifest(self.store, version)
+            for segment in self.manifest.segments:
+                if segment.statistics not in self._segments:
+                    self._take_in(segment)
+        self.loose = [r for r in self.loose if r.key not in self._compacted]
+        for record in read_records(self.store, self._compacted | {r.key for r in self.loose}):
+            self.add(record)
+
+    def add(self, record: BlockRecord) -> None:
+        """Take in a record that was just committed; nothing of it counts twice."""
+        for o in record.objects:
+            self._sizes.setdefault(o.path, _Sizes()).put(o.shard, o.size_bytes)
+        self._n_sequences[record.split][record.block] = record.n_sequences
+        for site, statistics in record.statistics.items():
+            if record.block not in (runs := self._runs_of(record.split, site)).blocks:
+                runs.add(record.block, [statistics])
+        self.loose.append(record)
+
+    def missing(self) -> list[tuple[str, int, tuple[str, ...]]]:
+        """(split, block, sites) of what is wanted and not committed, held-out splits first."""
+        units = []
+        for split in ("validation", "test", "train"):
+            runs = {site: self._runs_of(split, site) for site in self.widths}
+            for block in range(self.wanted[split]):
+                sites = tuple(site for site in runs if block not in runs[site].blocks)
+                if sites:
+                    units.append((split, block, sites))
+        return units
+
+    def covered(self) -> bool:
+        """Whether the newest manifest, not only loose records, holds all that this run wants."""
+        return self.manifest is not None and _holds(
+            self.manifest.sites, self.manifest.fidelity, dict.fromkeys(self.widths, self.wanted)
+        )
+
+    def unmeasured(self) -> list[str]:
+        """Wanted sites whose effect on the LM's loss no version states yet."""
+        known = self.manifest.fidelity if self.manifest else {}
+        return [site for site in self.widths if _MEASURED not in known.get(site, {})]
+
+    def commit(self, losses: Mapping[str, Mapping[str, float]], provenance: Mapping[str, Any]) -> Manifest:
+        """Compact the loose records and create the next version.
+
+        Another driver may create that version first: then what it committed is taken in and the next
+        one tried, so that no record is lost and none counts twice.
+
+        Args:
+            losses: ce_clean, ce_stored, ce_change and n_tokens of the sites measured just now.
+            provenance: of this run; that of the version before if empty.
+        """
+        while True:
+            new = [write_segment(self.store, self.loose)] if self.loose else []
+            manifest = self._next(losses, provenance, new)
+            kept = compact(self.store, manifest.segments, complete=manifest.complete)
+            manifest = replace(manifest, segments=tuple(kept))
+            if commit_manifest(self.store, manifest):
+                self.manifest = manifest
+                self._segments |= {s.statistics for s in manifest.segments}
+                self._compacted |= {r.key for r in self.loose}
+                self.loose = []
+                return manifest
+            log.info("%s: another run committed version %d first", self.store.url, manifest.version)
+            self.refresh()
+
+    def _next(
+        self,
+        losses: Mapping[str, Mapping[str, float]],
+        provenance: Mapping[str, Any],
+        new: Sequence[Segment],
+    ) -> Manifest:
+        before = self.manifest
+        known = before.sites if before else {}
+        widths = {site: extent.d_in for site, extent in known.items()} | self.widths
+        sites = {
+            site: SiteExtent(
+                width,
+                {split: self._runs_of(split, site).prefix for split in SPLITS},
+                self._calibration_sha256(site),
+            )
+            for site, width in sorted(widths.items())
+        }
+        wanted = {site: dict(asked) for site, asked in (before.wanted if before else {}).items()}
+        for site in self.widths:
+            asked = wanted.get(site, {})
+            wanted[site] = {split: max(n, asked.get(split, 0)) for split, n in self.wanted.items()}
+        manifest = Manifest(
+            version=before.version + 1 if before else 1,
+            id=digest(self.identity),
+            identity=self.identity,
+            source=self.source,
+            splits={split: self._extent(split, sites) for split in SPLITS},
+            sites=sites,
+            segments=(*(before.segments if before else ()), *new),
+            wanted=wanted,
+            complete=False,
+            fidelity={},
+            provenance=dict(provenance) or (before.provenance if before else {}),
+        )
+        stored = {split: self._stored_bytes(manifest, split) for split in SPLITS}
+        for split, size in manifest.splits.items():
+            size["size_bytes"] = sum(stored[split].values())
+        losses = {**(before.fidelity if before else {}), **losses}
+        for site in sites:
+            measured = {k: v for k, v in losses.get(site, {}).items() if k in _LOSSES}
+            if numbers := self._fidelity(site, stored) | measured:
+                manifest.fidelity[site] = numbers
+        return replace(manifest, complete=_holds(sites, manifest.fidelity, wanted))
+
+    def _extent(self, split: str, sites: Mapping[str, SiteExtent]) -> dict[str, int]:
+        """n_blocks, n_rows and n_sequences of the split's longest committed prefix."""
+        n_blocks, longest = max((e.n_blocks[split], site) for site, e in sites.items())
+        if not n_blocks:
+            return {"n_blocks": 0, "n_rows": 0, "n_sequences": 0}
+        statistics = self._runs_of(split, longest).statistics
+        assert statistics is not None
+        n_sequences = self._n_sequences[split][n_blocks - 1]
+        return {"n_blocks": n_blocks, "n_rows": statistics.n_rows, "n_sequences": n_sequences}
+
+    def _stored_bytes(self, manifest: Manifest, split: str) -> dict[str, int]:
+        """Bytes of the committed shards of each array of a split."""
+        return {
+            path: self._sizes[f"{split}/{path}"].total(n)
+            for path, n in n_shards(manifest, split).items()
+            if n
+        }
+
+    def _fidelity(self, site: str, stored: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
+        """How well and how tightly a site is stored: its train split's numbers, or the first's with rows."""
+        for split in SPLITS:
+            statistics = self._runs_of(split, site).statistics
+            if statistics is not None:
+                summary = statistics.summary()
+                n_bytes = sum(stored[split].get(f"{site}/{name}", 0) for name in ("codes", "scale"))
+                bits = 8 * n_bytes / (statistics.n_rows * len(statistics.mean_D))
+                return {name: summary[name] for name in _STORED} | {"bits_per_value": bits}
+        return {}
+
+    def _calibration_sha256(self, site: str) -> str:
+        if site not in self._calibrations:
+            data = self.store.read(calibration_key(site))
+            self._calibrations[site] = hashlib.sha256(data).hexdigest()
+        return self._calibrations[site]
+
+    def _runs_of(self, split: str, site: str) -> "_Runs":
+        return self._runs.setdefault((split, site), _Runs())
+
+    def _take_in(self, segment: Segment) -> None:
+        """A segment of another run, or of one before; the blocks already known are passed over."""
+        objects = read_segment_table(self.store, segment.objects, segment.objects_sha256)
+        for path, (shards, sizes) in object_sizes(objects).items():
+            self._sizes.setdefault(path, _Sizes()).put(shards, sizes)
+        table = read_segment_table(self.store, segment.statistics, segment.statistics_sha256)
+        columns = ("split", "block", "site", "sites", "n_sequences")
+        fresh: dict[tuple[str, str], dict[int, int]] = {}
+        for i, (split, block, site, sites, n) in enumerate(
+            zip(*(table[c].to_pylist() for c in columns), strict=True)
+        ):
+            self._compacted.add(record_key(split, block, sites.split(",")))
+            self._n_sequences[split][block] = n
+            if block not in self._runs_of(split, site).blocks:
+                fresh.setdefault((split, site), {}).setdefault(block, i)
+        for (split, site), row_of in fresh.items():
+            for blocks in _unbroken(sorted(row_of)):
+                parts = statistics_at(table, [row_of[block] for block in blocks])
+                self._runs_of(split, site).add(blocks[0], parts)
+        self._segments.add(segment.statistics)
+
+
+class _Runs:
+    """The committed blocks of one site of one split, and merged statistics of each unbroken run of them.
+
+    So a block that comes out of order costs no more memory than one that does not.
+    """
+
+    def __init__(self) -> None:
+        self.blocks: set[int] = set()
+        self._run: dict[int, tuple[int, Statistics]] = {}
+        """By first block: one past the last, and the statistics of all."""
+        self._first: dict[int, int] = {}
+        """First block by one past the last."""
+
+    @property
+    def prefix(self) -> int:
+        """How many blocks from block 0 on are committed."""
+        return self._run[0][0] if 0 in self._run else 0
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """Of the blocks of the prefix; None if there is none."""
+        return self._run[0][1] if 0 in self._run else None
+
+    def add(self, first: int, parts: Sequence[Statistics]) -> None:
+        """Take in blocks first, first + 1, ..., none of which is known."""
+        last = first + len(parts)
+        self.blocks.update(range(first, last))
+        parts = list(parts)
+        if last in self._run:
+            end, after = self._run.pop(last)
+            parts, last = [*parts, after], end
+        if first in self._first:
+            first = self._first.pop(first)
+            parts = [self._run.pop(first)[1], *parts]
+        self._run[first] = last, merge(parts)
+        self._first[last] = first
+
+
+class _Sizes:
+    """Bytes of an array's committed shards, and of a prefix of them without adding it up again."""
+
+    def __init__(self) -> None:
+        self._bytes = np.zeros(16, np.int64)
+        self._n = self._sum = 0
+
+    def put(self, shard: np.ndarray | int, size_bytes: np.ndarray | int) -> None:
+        """Note the sizes of shards; a shard may be named again."""
+        needed = int(np.max(shard)) + 1
+        if needed > len(self._bytes):
+            grown = np.zeros(2 * needed, np.int64)
+            grown[: len(self._bytes)] = self._bytes
+            self._bytes = grown
+        self._bytes[shard] = size_bytes
+
+    def total(self, n: int) -> int:
+        """Bytes of shards 0..n-1; n never falls."""
+        assert n >= self._n
+        self._sum += int(self._bytes[self._n : n].sum())
+        self._n = n
+        return self._sum
+
+
+def _unbroken(blocks: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Cut sorted numbers into runs without a gap, of at most `_TAKE` each."""
+    first = 0
+    for i in range(1, len(blocks) + 1):
+        if i == len(blocks) or blocks[i] != blocks[i - 1] + 1 or i - first == _TAKE:
+            yield blocks[first:i]
+            first = i
+
+
+def _holds(
+    sites: Mapping[str, SiteExtent],
+    fidelity: Mapping[str, Mapping[str, float]],
+    wanted: Mapping[str, Mapping[str, int]],
+) -> bool:
+    """Whether nothing of what is wanted, by site and split, is left to compute or to measure."""
+    return all(
+        site in sites
+        and _MEASURED in fidelity.get(site, {})
+        and all(sites[site].n_blocks[split] >= n for split, n in blocks.items())
+        for site, blocks in wanted.items()
+    )
