@@ -20,7 +20,7 @@ def create_shard(
     """Store one shard of the array at `path`; returns its bytes, chunk table and rows as they are stored.
 
     Another writer's valid shard is adopted; a torn one, which only damage from outside can leave, is
-    removed and written again.
+    replaced, unless it has changed since it was read.
 
     Args:
         array: an entry of `layout.array_layout` (chunk_rows, shard_rows, fill).
@@ -31,11 +31,12 @@ def create_shard(
     try:
         store.create(key, data)
     except Conflict:
+        found = store.read(key)
         try:
-            return _adopt(store, key, values, array)
+            return _adopt(f"{store.url}/{key}", found, values, array)
         except CorruptObject:
-            store.delete(key)
-            store.create(key, data)
+            if not store.swap(key, found, data):  # another writer was first to repair it: look again
+                return create_shard(store, path, shard, values, array)
     return data, chunks, values
 
 
@@ -57,11 +58,9 @@ def create_exact_shard(
 
 
 def _adopt(
-    store: Store, key: str, values: np.ndarray, array: Mapping[str, Any]
+    where: str, data: bytes, values: np.ndarray, array: Mapping[str, Any]
 ) -> tuple[bytes, Chunks, np.ndarray]:
-    data = store.read(key)
     chunk_shape = (array["chunk_rows"], *values.shape[1:])
-    where = f"{store.url}/{key}"
     stored = decode_shard(data, len(values), chunk_shape, array["shard_rows"], values.dtype, where)
     n_chunks = array["shard_rows"] // array["chunk_rows"]
     return data, parse_index(data[-index_size(n_chunks) :], n_chunks, where), stored
