@@ -73,7 +73,10 @@ class S3Store(ObjectStore):
                 raise Transient("the reply states no length, so its end cannot be told from a cut")
             if length is not None and len(data) != length:
                 raise Transient(f"{len(data)} bytes came of {length}")
-            if wanted and reply["ResponseMetadata"]["HTTPStatusCode"] != 206:
+            came = reply.get("ContentRange")  # rclone sends it with status 200
+            if wanted and came and not came.startswith(f"bytes {start}-"):
+                raise Transient(f"{came} came, wanted bytes from {start}")
+            if wanted and not came and reply["ResponseMetadata"]["HTTPStatusCode"] != 206:
                 data = data[start:stop]  # a server may answer a range with the whole
             return data, reply.get("ETag")
 
