@@ -45,7 +45,7 @@ def create_shard(store: Store, path: str, shard: int, values: np.ndarray, array:
     """Store one shard of the array at `path`; returns what is stored then.
 
     Another writer's valid shard is adopted; a torn one, which only damage from outside can leave, is
-    removed and written again.
+    replaced, unless it has changed since it was read.
 
     Args:
         array: an entry of `layout.array_layout` (chunk_rows, shard_rows, fill).
@@ -56,12 +56,14 @@ def create_shard(store: Store, path: str, shard: int, values: np.ndarray, array:
     try:
         created = store.create(key, data)
     except Conflict:
+        found = store.read(key)
         try:
-            return _adopt(store, key, values, array)
+            return _adopt(store, key, found, values, array)
         except CorruptObject as err:
             log.warning("%s; writing it again", err)
-            store.delete(key)
-            created = store.create(key, data)
+            if not store.swap(key, found, data):  # another writer was first to repair it: look again
+                return create_shard(store, path, shard, values, array)
+            created = True
     return Shard(key, data, chunks, values, created)
 
 
@@ -82,10 +84,9 @@ def create_exact_shard(
     return stored
 
 
-def _adopt(store: Store, key: str, values: np.ndarray, array: Mapping[str, Any]) -> Shard:
-    data = store.read(key)
-    chunk_shape = (array["chunk_rows"], *values.shape[1:])
+def _adopt(store: Store, key: str, data: bytes, values: np.ndarray, array: Mapping[str, Any]) -> Shard:
     where = f"{store.url}/{key}"
+    chunk_shape = (array["chunk_rows"], *values.shape[1:])
     stored = decode_shard(data, len(values), chunk_shape, array["shard_rows"], values.dtype, where)
     n_chunks = array["shard_rows"] // array["chunk_rows"]
     chunks = parse_index(data[-index_size(n_chunks) :], n_chunks, where)
@@ -175,8 +176,8 @@ class BlockCommit:
             BlockRecord.from_json(found, key)
         except CorruptObject as err:
             log.warning("%s/%s", self._store.url, err)
-            self._store.delete(key)
-            self._store.create(key, ours)
+            if not self._store.swap(key, found, ours):  # another writer was first to repair it
+                return self._other_record(key, ours)
             return ours
         return found
 

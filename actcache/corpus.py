@@ -25,9 +25,10 @@ from .errors import CorpusError, FormatError, SpecError
 from .manifest import SPLITS, check_format
 from .order import permutation
 from .progress import Progress, format_count
+from .retry import client_errors
 from .shard import array_metadata, decode_shard, group_metadata, shard_key
 from .spec import FORMAT, Corpus, Spec, canonical_json, digest, token_store_name
-from .store import Store, client_errors
+from .store import Store, client_options
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def resolve_corpus(corpus: Corpus, storage_options: Mapping[str, Any] | None = N
     Raises:
         CorpusError: nothing matches, or files of different formats do.
     """
-    options = dict(storage_options or {})
+    options = client_options(storage_options)
     if corpus.source == "bundled:stdlib":
         files = _stdlib_files()
         options = {}

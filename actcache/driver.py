@@ -292,8 +292,9 @@ def _write_metadata(store: Store, offsets: set[str]) -> None:
 
     `offsets` has the offset arrays known to be there.
 
-    Whoever commits a version checks afterwards that none came meanwhile, so the last word is that of
-    the newest version and no shape stays shrunk.
+    No shape ever shrinks, however late a driver's write comes: what it replaces was read before it saw
+    that its version is the newest, so it is of that version or an older one. Whoever commits a version
+    checks afterwards that none came meanwhile, so the last word is that of the newest version.
     """
     while True:
         manifest = read_manifest(store)
@@ -302,18 +303,25 @@ def _write_metadata(store: Store, offsets: set[str]) -> None:
                 calibration = parse_calibration(store.read(calibration_key(site)), site)
                 create_exact_shard(store, path, 0, calibration.offset_D, array)
                 offsets.add(path)
-        for key, data in zarr_metadata(manifest).items():
-            store.replace(key, data)
-        if latest_version(store) == manifest.version:
+        wanted = zarr_metadata(manifest)
+        found = {key: _read_if_there(store, key) for key in wanted}
+        if latest_version(store) != manifest.version:
+            continue
+        swapped = all(found[key] == data or store.swap(key, found[key], data) for key, data in wanted.items())
+        if swapped and latest_version(store) == manifest.version:
             return
 
 
 def _metadata_is_current(store: Store, manifest: Manifest) -> bool:
     """Whether the last write of `_write_metadata` for this version happened: one request."""
+    return _read_if_there(store, "zarr.json") == zarr_metadata(manifest)["zarr.json"]
+
+
+def _read_if_there(store: Store, key: str) -> bytes | None:
     try:
-        return store.read("zarr.json") == zarr_metadata(manifest)["zarr.json"]
+        return store.read(key)
     except FileNotFoundError:
-        return False
+        return None
 
 
 def _claim(store: Store, resolved: Resolved) -> None:

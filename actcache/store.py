@@ -1,16 +1,15 @@
 """Objects under one URL: created once and never overwritten, whole or not at all.
 
-`create` is a temp file, fsync and hard link on local disk, `If-None-Match: *` on S3 and other
-fsspec object stores, and a lock in `memory://`. The only mutable objects are `zarr.json`, through
-`replace`. Nothing here knows what the objects mean. Retries of transient faults live here only.
+`create` is a temp file, fsync and hard link on local disk, `If-None-Match: *` on S3, exclusive create on
+other fsspec file systems, and a lock in `memory://`. `swap` changes an object whose content is known:
+`zarr.json`, and shards that something damaged. Nothing here knows what the objects mean. Transient faults
+of remote stores are answered by `retry.py`; here is what a repeated or unanswered write may meet.
 """
 
 import contextlib
+import fcntl
 import os
-import random
-import sys
 import threading
-import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -20,12 +19,25 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from .errors import Conflict, StoreError
+from .errors import Conflict, SpecError, StoreError
+from .retry import (
+    Retry,
+    Transient,
+    client_errors,
+    error_code,
+    http_status,
+    is_transient,
+    reason,
+    with_retries,
+)
 
 T = TypeVar("T")
 
-_RETRIES = 5
+RETRY_OPTION = "actcache_retry"
+"""The one storage option that is ours: the fields of `retry.Retry`, as a mapping."""
 _TEMPORARY = ".actcache-tmp-"
+ABSENT = "absent"
+"""The condition of a write that nothing is there."""
 _memory_lock = threading.Lock()
 
 
@@ -40,7 +52,7 @@ class Listed:
 class Store(ABC):
     """The objects under `url`. Keys are relative, with `/`. Safe to use from many threads.
 
-    `open_store` picks the subclass; `create`, `read`, `listing`, `replace` and `delete` behave alike.
+    `open_store` picks the subclass; `create`, `read`, `listing`, `swap` and `delete` behave alike.
     """
 
     def __init__(self, url: str) -> None:
@@ -51,16 +63,17 @@ class Store(ABC):
         """Store `data` under `key` unless something is there; no one ever sees a part of it.
 
         Returns:
-            True if this call created it, False if the same bytes were there already.
+            True if this call created it. False if the same bytes are there and may be another's: found
+            there, or met again after a request of this call had lost its reply.
 
         Raises:
             Conflict: other bytes are there; they stay.
-            StoreError: the store refused or failed.
+            StoreError: the store refused or failed; after a failure the object may be there.
         """
 
     @abstractmethod
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Bytes [start, stop) of an object; all of it by default.
+        """Bytes [start, stop) of an object; all of it by default. Fewer only where the object ends.
 
         Raises:
             FileNotFoundError: no such object.
@@ -76,8 +89,20 @@ class Store(ABC):
         """Names of the folders directly under `prefix`, sorted."""
 
     @abstractmethod
-    def replace(self, key: str, data: bytes) -> None:
-        """Store `data` under `key`, whatever was there. For `zarr.json` alone."""
+    def swap(self, key: str, expected: bytes | None, data: bytes) -> bool:
+        """Store `data` under `key` if `expected` is there (None: nothing); for `zarr.json` and repairs.
+
+        Of many that swap the same `expected` for different `data` one wins, on local disk, on S3 and in
+        memory. Other fsspec file systems, and directories that cannot be locked (NFS), have no such
+        condition to offer: there the content is compared just before it is replaced.
+
+        Returns:
+            True if `data` is there now: put there, or found there, whoever put it. False if anything
+            else is, or nothing although something was expected; it is left as it is.
+
+        Raises:
+            StoreError: the store refused or failed; `data` may be there.
+        """
 
     @abstractmethod
     def delete(self, key: str) -> None:
@@ -99,22 +124,47 @@ class Store(ABC):
 def open_store(url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Store:
     """The store at a local path or an fsspec URL (`s3://bucket/prefix`, `memory://x`, ...).
 
-    `storage_options` go to fsspec and are never written anywhere.
+    `storage_options` go to fsspec and are never written anywhere, except `actcache_retry`: a mapping
+    with `deadline_s` and other fields of `retry.Retry`. On S3 botocore's retries are off and s3fs's
+    timeouts hold (5 s to connect, 15 s without a byte) unless `config_kwargs` say otherwise.
     """
     text = os.fspath(url)
+    retry, options = _retry_of(storage_options), client_options(storage_options)
     scheme, _, rest = text.partition("://")
     if not rest:
-        return LocalStore(Path(text).expanduser())
+        return LocalStore(Path(text).expanduser(), retry)
     if scheme in ("file", "local"):
-        return LocalStore(Path(rest))
-    return ObjectStore(text.rstrip("/"), dict(storage_options or {}))
+        return LocalStore(Path(rest), retry)
+    if scheme in ("s3", "s3a"):
+        from .s3 import S3Store
+
+        return S3Store(text.rstrip("/"), options, retry)
+    kind = MemoryStore if scheme == "memory" else ObjectStore
+    return kind(text.rstrip("/"), options, retry)
+
+
+def client_options(storage_options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The storage options that fsspec gets: all but ours."""
+    return {k: v for k, v in (storage_options or {}).items() if k != RETRY_OPTION}
+
+
+def _retry_of(storage_options: Mapping[str, Any] | None) -> Retry:
+    fields = (storage_options or {}).get(RETRY_OPTION, {})
+    try:
+        return Retry(**fields)
+    except TypeError:
+        wanted = ", ".join(Retry.__dataclass_fields__)
+        raise SpecError(
+            f"storage option {RETRY_OPTION} is {fields!r}; wanted a mapping of {wanted} to seconds"
+        ) from None
 
 
 class LocalStore(Store):
     """A directory on a local (or shared POSIX) file system with hard links."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, retry: Retry | None = None) -> None:
         self.root = root.absolute()
+        self._retry = retry or Retry()
         super().__init__(str(self.root))
 
     def _path(self, key: str) -> Path:
@@ -124,20 +174,53 @@ class LocalStore(Store):
     def create(self, key: str, data: bytes) -> bool:
         path = self._path(key)
         with _store_errors(self.url, key), _temporary_file(path, data) as temporary:
+            return self._link(key, temporary, path, data)
+
+    def _link(self, key: str, temporary: Path, path: Path, data: bytes) -> bool:
+        while True:
             try:
                 os.link(temporary, path)
+                _sync_directory(path.parent)
+                return True
             except FileExistsError:
-                if path.read_bytes() == data:
-                    return False
-                raise _conflict(self.url, key) from None
-            _sync_directory(path.parent)
-        return True
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile: link again
+                    if path.read_bytes() == data:
+                        return False
+                    raise _conflict(self.url, key) from None
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         with _store_errors(self.url, key), open(self._path(key), "rb") as file:
             if start:
                 file.seek(start)
             return file.read() if stop is None else file.read(stop - start)
+
+    def swap(self, key: str, expected: bytes | None, data: bytes) -> bool:
+        path = self._path(key)
+        with _store_errors(self.url, key), _temporary_file(path, data) as temporary:
+            if expected is None:
+                try:
+                    self._link(key, temporary, path, data)
+                    return True
+                except Conflict:
+                    return False
+            with self._lock(path.parent):
+                found = path.read_bytes() if path.exists() else None
+                if found == expected != data:
+                    os.replace(temporary, path)
+                    _sync_directory(path.parent)
+                return found in (expected, data)
+
+    @contextlib.contextmanager
+    def _lock(self, directory: Path) -> Iterator[None]:
+        """Swaps in `directory` take turns; a holder that was stopped makes the others fail, not hang."""
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            with_retries(
+                lambda: _try_lock(descriptor), self._retry, f"{directory}, locked by another process"
+            )
+            yield
+        finally:
+            os.close(descriptor)
 
     def listing(self, prefix: str) -> list[Listed]:
         base = self._path(prefix)
@@ -153,68 +236,106 @@ class LocalStore(Store):
         base = self.root / prefix
         return sorted(p.name for p in base.iterdir() if p.is_dir()) if base.is_dir() else []
 
-    def replace(self, key: str, data: bytes) -> None:
-        path = self._path(key)
-        with _store_errors(self.url, key), _temporary_file(path, data) as temporary:
-            os.replace(temporary, path)
-            _sync_directory(path.parent)
-
     def delete(self, key: str) -> None:
         with _store_errors(self.url, key):
             self._path(key).unlink(missing_ok=True)
 
     def sub(self, name: str) -> "LocalStore":
-        return LocalStore(self._path(name))
+        return LocalStore(self._path(name), self._retry)
 
 
 class ObjectStore(Store):
-    """Any fsspec file system with exclusive create; made for S3 through s3fs."""
+    """Any fsspec file system with exclusive create.
 
-    def __init__(self, url: str, storage_options: dict[str, Any]) -> None:
+    `_get`, `_put` and `_conditional` say how a file system reads and writes; the rest holds for all.
+    """
+
+    def __init__(self, url: str, storage_options: dict[str, Any], retry: Retry | None = None) -> None:
         super().__init__(url)
-        self._options = storage_options
+        self._options, self._retry = storage_options, retry or Retry()
         try:
             self._fs, self._root = fsspec.core.url_to_fs(url, **storage_options)
-        except (ValueError, ImportError) as err:
-            raise StoreError(f"cannot open {url}: {err}") from err
-        self._in_memory = url.startswith("memory://")
+        except (ValueError, ImportError, TypeError, KeyError) as err:
+            raise StoreError(f"cannot open {url}: {reason(err)}. Check the URL and storage_options") from err
 
     def _path(self, key: str) -> str:
         _check_key(key)
         return f"{self._root}/{key}"
 
+    def _repeated(self, work: Callable[[], T], key: str) -> T:
+        return with_retries(work, self._retry, f"{self.url}/{key}".rstrip("/"))
+
+    def _get(self, path: str, start: int, stop: int | None) -> tuple[bytes, str | None]:
+        """Bytes of an object, and what names this content in a condition; None if nothing does."""
+        whole = start == 0 and stop is None
+        return bytes(
+            self._fs.cat_file(path) if whole else self._fs.cat_file(path, start=start, end=stop)
+        ), None
+
+    def _put(self, path: str, data: bytes, condition: str | None) -> bool:
+        """Write if `condition` holds: ABSENT, what `_get` named, or None for none. Whether it held."""
+        try:
+            self._fs.pipe_file(path, data, mode="create" if condition == ABSENT else "overwrite")
+        except FileExistsError:
+            return False
+        return True
+
     def create(self, key: str, data: bytes) -> bool:
         path = self._path(key)
 
-        def put() -> bool:
+        def attempt() -> bool:
+            lost: Exception = Transient("an object was in the way and is gone")
             try:
-                with _memory_lock if self._in_memory else contextlib.nullcontext():
-                    if self._in_memory and self._fs.exists(path):
-                        raise FileExistsError(path)
-                    self._fs.pipe_file(path, data, mode="overwrite" if self._in_memory else "create")
-                return True
-            except FileNotFoundError as err:
-                raise StoreError(f"{self.url} cannot be written: {err}. Does the bucket exist?") from None
-            except OSError:
-                # 412 (as FileExistsError or EINVAL), 409, or a lost reply to a PUT that worked: look
-                found = self._look(path)
-                if found is None:
+                if self._write(path, key, data, ABSENT):
+                    return True
+            except client_errors() as err:
+                if not is_transient(err) or http_status(err) is not None:
                     raise
-                if found == data:
-                    return False
-                raise _conflict(self.url, key) from None
+                lost = err  # no reply: the write may have worked
+            found = self._look(path)
+            if found is None:
+                raise lost
+            if found[0] != data:
+                raise _conflict(self.url, key)
+            return False
 
-        return _with_retries(put, self.url, key)
+        return self._repeated(attempt, key)
 
-    def _look(self, path: str) -> bytes | None:
+    def swap(self, key: str, expected: bytes | None, data: bytes) -> bool:
+        path = self._path(key)
+
+        def attempt() -> bool:
+            found = self._look(path)
+            content, name = found or (None, ABSENT)
+            if content == data:
+                return True
+            if content != expected:
+                return False
+            if self._write(path, key, data, name):
+                return True
+            raise Transient("the object changed between its read and its write")  # look again
+
+        return self._repeated(attempt, key)
+
+    def _write(self, path: str, key: str, data: bytes, condition: str | None) -> bool:
         try:
-            return bytes(self._fs.cat_file(path))
-        except FileNotFoundError:
+            return self._put(path, data, condition)
+        except FileNotFoundError as err:
+            raise StoreError(
+                f"{self.url}/{key} cannot be written: {reason(err)}. Does the bucket exist?"
+            ) from err
+
+    def _look(self, path: str) -> tuple[bytes, str | None] | None:
+        try:
+            return self._get(path, 0, None)
+        except FileNotFoundError as err:
+            if error_code(err) == "NoSuchBucket":
+                raise
             return None
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         path = self._path(key)
-        return _with_retries(lambda: bytes(self._fs.cat_file(path, start=start, end=stop)), self.url, key)
+        return self._repeated(lambda: self._get(path, start, stop)[0], key)
 
     def listing(self, prefix: str) -> list[Listed]:
         def find() -> list[Listed]:
@@ -225,22 +346,20 @@ class ObjectStore(Store):
                 key=lambda o: o.key,
             )
 
-        return _with_retries(find, self.url, prefix)
+        return self._repeated(find, prefix)
 
     def folders(self, prefix: str = "") -> list[str]:
         def ls() -> list[str]:
             self._fs.invalidate_cache()
             try:
                 entries = self._fs.ls(f"{self._root}/{prefix}".rstrip("/"), detail=True)
-            except FileNotFoundError:
+            except FileNotFoundError as err:
+                if error_code(err) == "NoSuchBucket":
+                    raise
                 return []
             return sorted(e["name"].rstrip("/").split("/")[-1] for e in entries if e["type"] == "directory")
 
-        return _with_retries(ls, self.url, prefix)
-
-    def replace(self, key: str, data: bytes) -> None:
-        path = self._path(key)
-        _with_retries(lambda: self._fs.pipe_file(path, data), self.url, key)
+        return self._repeated(ls, prefix)
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -249,11 +368,31 @@ class ObjectStore(Store):
             with contextlib.suppress(FileNotFoundError):
                 self._fs.rm_file(path)
 
-        _with_retries(remove, self.url, key)
+        self._repeated(remove, key)
 
     def sub(self, name: str) -> "ObjectStore":
         _check_key(name)
-        return ObjectStore(f"{self.url}/{name}", self._options)
+        return type(self)(f"{self.url}/{name}", self._options, self._retry)
+
+
+class MemoryStore(ObjectStore):
+    """fsspec's `memory://`, shared by the threads of a process. Its exclusive create lets two writers win."""
+
+    def _put(self, path: str, data: bytes, condition: str | None) -> bool:
+        with _memory_lock:
+            if condition == ABSENT and self._fs.exists(path):
+                return False
+            self._fs.pipe_file(path, data)
+        return True
+
+    def swap(self, key: str, expected: bytes | None, data: bytes) -> bool:
+        path = self._path(key)
+        with _memory_lock:
+            found = self._look(path)
+            content = found[0] if found else None
+            if content == expected != data:
+                self._fs.pipe_file(path, data)
+            return content in (expected, data)
 
 
 def _check_key(key: str) -> None:
@@ -289,6 +428,15 @@ def _temporary_file(path: Path, data: bytes) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _try_lock(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return  # NFS locks no directory: `swap` says what then holds
+
+
 def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -307,25 +455,3 @@ def _store_errors(url: str, key: str) -> Iterator[None]:
     except client_errors() as err:
         reason = getattr(err, "strerror", None) or str(err) or type(err).__name__
         raise StoreError(f"{url}/{key}: {reason}. Check the URL, permissions and the space left") from err
-
-
-def client_errors() -> tuple[type[Exception], ...]:
-    """What fsspec's file systems raise: OSError, and botocore's own once s3fs is in use."""
-    botocore = sys.modules.get("botocore.exceptions")
-    return (OSError, botocore.BotoCoreError, botocore.ClientError) if botocore else (OSError,)
-
-
-def _with_retries(work: Callable[[], T], url: str, key: str) -> T:
-    """Run `work`, again after transient faults with jittered backoff, at most `_RETRIES` times."""
-    for attempt in range(_RETRIES):
-        try:
-            with _store_errors(url, key):
-                return work()
-        except (FileNotFoundError, Conflict):
-            raise
-        except StoreError as err:
-            transient = isinstance(err.__cause__, OSError) and not isinstance(err.__cause__, PermissionError)
-            if not transient or attempt == _RETRIES - 1:
-                raise
-            time.sleep(min(0.1 * 2**attempt, 5.0) * (0.5 + random.random()))
-    raise AssertionError("unreachable")

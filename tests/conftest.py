@@ -19,6 +19,27 @@ def ray_session():
     ray.shutdown()
 
 
+@pytest.fixture(scope="session")
+def s3():
+    """storage_options of an S3 server that honours conditional writes, with an empty bucket "bucket"."""
+    import s3_servers
+
+    with s3_servers.ministack() as options:
+        s3_servers.make_bucket(options, "bucket")
+        yield options
+
+
+@pytest.fixture(scope="session")
+def signed_s3(tmp_path_factory):
+    """storage_options of an S3 server that refuses a wrong secret, with an empty bucket "bucket"."""
+    import s3_servers
+
+    directory = tmp_path_factory.mktemp("rclone")
+    (directory / "bucket").mkdir()
+    with s3_servers.rclone(directory) as options:
+        yield options
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_torch_thread():
     """Tiny models are several times slower on two threads than on one."""

@@ -1,14 +1,17 @@
 """A harvest to an S3-compatible server over HTTP, and reading it back."""
 
-import os
-import socket
+import contextlib
 import subprocess
 import sys
-import time
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from actcache.errors import Conflict, StoreError
+from actcache.store import open_store
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "actcache"))
@@ -16,51 +19,139 @@ sys.path.insert(0, str(ROOT / "tests" / "actcache"))
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory):
-    """storage_options of a fresh server on 127.0.0.1, in an environment of its own (its pins clash with s3fs)."""
-    venv = tmp_path_factory.mktemp("server") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-    subprocess.run([venv / "bin" / "python", "-m", "pip", "install", "-q", "ministack==1.5.33"], check=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port), "SERVICES": "s3"}
-    log = open(venv.parent / "log", "wb")  # noqa: SIM115 - closed below
-    server = subprocess.Popen([venv / "bin" / "ministack"], env=environment, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert server.poll() is None, (venv.parent / "log").read_text()
-            time.sleep(0.05)
-        options = {"key": "key", "secret": "secret", "endpoint_url": f"http://127.0.0.1:{port}"}
-        import s3fs
-
-        s3fs.S3FileSystem(**options).mkdir("bucket")
-        yield options
-    finally:
-        server.terminate()
-        server.wait(timeout=10)
-        log.close()
-
-
 def test_create_is_exclusive_on_s3(s3):
-    from actcache.errors import Conflict
-    from actcache.store import open_store
-
     store = open_store("s3://bucket/exclusive", s3)
     assert store.create("a/b", b"one")
     assert not store.create("a/b", b"one")
     with pytest.raises(Conflict, match="other content"):
         store.create("a/b", b"two")
     assert store.read("a/b") == b"one"
-    assert store.read("a/b", 1, 2) == b"n"
     assert [o.key for o in store.listing("a")] == ["a/b"]
     with pytest.raises(FileNotFoundError):
         store.read("a/absent")
+
+
+def test_ranges_on_s3_are_those_of_a_file(s3, tmp_path):
+    stores = [open_store("s3://bucket/ranges", s3), open_store(str(tmp_path))]
+    for store in stores:
+        store.create("ten", b"0123456789")
+        store.create("empty", b"")
+        assert store.exists("empty")
+    for key in ("ten", "empty"):
+        for start, stop in (
+            (0, None),
+            (0, 3),
+            (3, 3),
+            (3, 7),
+            (7, None),
+            (7, 99),
+            (10, 12),
+            (10, None),
+            (50, 60),
+        ):
+            remote, local = (store.read(key, start, stop) for store in stores)
+            assert remote == local, (key, start, stop)
+
+
+def test_one_of_many_writers_wins_on_s3(s3):
+    """Eight threads with clients of their own: creating, then swapping."""
+    stores = [open_store("s3://bucket/contested", s3) for _ in range(8)]
+    barrier = threading.Barrier(8)
+
+    def write(i):
+        barrier.wait()
+        with contextlib.suppress(Conflict):
+            return stores[i].create("key", b"created by %d" % i)
+        return False
+
+    def swap(i):
+        barrier.wait()
+        return stores[i].swap("key", created, b"swapped by %d" % i)
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(write, range(8)))
+        created = stores[0].read("key")
+        assert [i for i in range(8) if won[i]] == [int(created.split()[-1])]
+        won = list(pool.map(swap, range(8)))
+    assert [i for i in range(8) if won[i]] == [int(stores[0].read("key").split()[-1])]
+
+
+def test_swap_on_s3_replaces_only_what_is_expected(s3):
+    store = open_store("s3://bucket/swap", s3)
+    assert store.swap("k", None, b"1")
+    assert not store.swap("k", None, b"2")
+    assert store.swap("k", b"1", b"2")
+    assert not store.swap("k", b"1", b"3")
+    assert store.swap("k", b"1", b"2")  # it is there: a lost reply is met like this
+    assert not store.swap("absent", b"1", b"2")
+    assert store.read("k") == b"2"
+
+
+def test_objects_that_are_uploaded_in_parts_are_exclusive_and_swapped_too(s3):
+    store = open_store("s3://bucket/parts", s3)
+    data = bytes(101 * 2**20)
+    assert store.create("large", data)
+    assert not store.create("large", data)
+    with pytest.raises(Conflict):
+        store.create("large", data[:-1] + b"x")
+    assert store.swap("large", data, data[:-1] + b"x")
+    assert store.read("large", len(data) - 2) == b"\0x"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"endpoint_url": "nonsense"}, "Invalid endpoint: nonsense"),
+        ({"endpoint_url": "http://nowhere.invalid"}, "Check endpoint_url"),
+        ({"endpoint_url": "http://127.0.0.1:1", "actcache_retry": {"deadline_s": 0.3}}, "gave up after"),
+        ({"profile": "no-such-profile"}, "no-such-profile"),
+        ({"no_such_option": 1}, "no_such_option"),
+    ],
+)
+def test_a_store_that_cannot_be_reached_is_one_line(s3, change, message):
+    with pytest.raises(StoreError) as failed:
+        open_store("s3://bucket/x", s3 | change).listing("y")
+    assert message in str(failed.value)
+    assert "\n" not in str(failed.value)
+
+
+def test_a_missing_bucket_is_one_line_whatever_is_asked(s3):
+    store = open_store("s3://no-such-bucket/x", s3)
+    for verb in (
+        lambda: store.create("k", b"1"),
+        lambda: store.read("k"),
+        lambda: store.swap("k", b"1", b"2"),
+        lambda: store.swap("k", None, b"2"),
+        lambda: store.listing("k"),
+        lambda: store.folders(),
+    ):
+        with pytest.raises(StoreError, match=r"no-such-bucket/x.*bucket does not exist.*[Bb]ucket"):
+            verb()
+
+
+@pytest.mark.parametrize("wrong", [{"secret": "wrong-secret-987"}, {"key": "unknown-key-987"}])
+def test_a_wrong_secret_is_refused_in_one_line_without_it(signed_s3, wrong):
+    command = [sys.executable, "-m", "actcache", "ls", "s3://bucket/acts"]
+    options = [f"--storage-option={k}={v}" for k, v in (signed_s3 | wrong).items()]
+    done = subprocess.run([*command, *options], capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "Check the access key, secret and token" in line
+    assert "s3://bucket/acts" in line
+    for secret in (signed_s3["secret"], *wrong.values()):
+        assert secret not in line
+
+
+def test_signatures_that_a_server_verifies_are_right(signed_s3):
+    """rclone ignores conditions, and states the whole object's checksum for a range, which botocore refuses."""
+    config = {"response_checksum_validation": "when_required"}
+    store = open_store("s3://bucket/signed", signed_s3 | {"config_kwargs": config})
+    assert store.create("a/b", b"0123456789")
+    assert store.read("a/b") == b"0123456789"
+    assert store.read("a/b", 2, 5) == b"234"
+    assert [o.key for o in store.listing("a")] == ["a/b"]
+    store.delete("a/b")
+    assert not store.exists("a/b")
 
 
 def test_harvest_to_s3_equals_the_harvest_to_disk(s3, tmp_path):

@@ -1,12 +1,16 @@
 """Objects appear whole or not at all, exactly one writer wins, and keys cannot leave the prefix."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from actcache.errors import Conflict, StoreError
 from actcache.store import open_store
@@ -58,6 +62,66 @@ def test_one_of_many_writers_wins(store):
     assert store.read("contested") == b"%d" % won[0]
 
 
+def together(n, work):
+    """Run `work(i)` in n threads that start at once; returns the results, sorted."""
+    barrier = threading.Barrier(n)
+
+    def begin(i):
+        barrier.wait()
+        return work(i)
+
+    with ThreadPoolExecutor(n) as pool:
+        return sorted(pool.map(begin, range(n)))
+
+
+def test_one_of_many_swaps_of_the_same_content_wins(store):
+    store.create("contested", b"first")
+    won = together(8, lambda i: store.swap("contested", b"first", b"%d" % i))
+    assert won == [False] * 7 + [True]
+
+
+def test_memory_does_not_trust_the_exclusive_create_of_fsspec(monkeypatch):
+    """fsspec looks and then writes; with a pause between, its own create lets several win and ours one."""
+    look = MemoryFileSystem.exists
+
+    def look_slowly(self, path, **kwargs):
+        found = look(self, path, **kwargs)
+        time.sleep(0.01)
+        return found
+
+    monkeypatch.setattr(MemoryFileSystem, "exists", look_slowly)
+
+    def create_by_fsspec(i):
+        try:
+            MemoryFileSystem().pipe_file("/race/theirs", b"%d" % i, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def create_by_us(i):
+        try:
+            return open_store("memory://race").create("ours", b"%d" % i)
+        except Conflict:
+            return False
+
+    assert sum(together(8, create_by_fsspec)) > 1
+    assert sum(together(8, create_by_us)) == 1
+
+
+def test_a_stopped_holder_of_the_lock_makes_a_swap_fail_rather_than_hang(tmp_path):
+    store = open_store(str(tmp_path), {"actcache_retry": {"deadline_s": 0.2}})
+    store.create("zarr.json", b"1")
+    holder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with pytest.raises(StoreError, match="locked by another process: gave up after"):
+            store.swap("zarr.json", b"1", b"2")
+    finally:
+        os.close(holder)
+    assert store.read("zarr.json") == b"1"
+    assert store.swap("zarr.json", b"1", b"2")
+
+
 def test_listing_and_folders(store):
     for key in ("a/1", "a/2", "b/c/3", "ab"):
         store.create(key, b"x" * len(key))
@@ -68,10 +132,15 @@ def test_listing_and_folders(store):
     assert store.sub("b").read("c/3") == b"xxxxx"
 
 
-def test_replace_and_delete(store):
-    store.replace("z/zarr.json", b"1")
-    store.replace("z/zarr.json", b"2")
+def test_swap_replaces_only_what_is_expected(store):
+    assert store.swap("z/zarr.json", None, b"1")
+    assert store.swap("z/zarr.json", b"1", b"2")
+    assert not store.swap("z/zarr.json", b"1", b"3")
+    assert not store.swap("z/zarr.json", None, b"3")
+    assert store.swap("z/zarr.json", b"1", b"2")  # it is there: a lost reply is met like this
     assert store.read("z/zarr.json") == b"2"
+    assert not store.swap("z/absent", b"1", b"2")
+    assert not store.exists("z/absent")
     store.delete("z/zarr.json")
     store.delete("z/zarr.json")
     assert not store.exists("z/zarr.json")
@@ -79,7 +148,12 @@ def test_replace_and_delete(store):
 
 @pytest.mark.parametrize("key", ["../x", "a/../../x", "/etc/passwd", "", "a//b", "a/./b", "a\\..\\b", "a\0b"])
 def test_keys_that_leave_the_prefix_are_refused(store, key):
-    for verb in (store.read, lambda k: store.create(k, b""), lambda k: store.replace(k, b""), store.delete):
+    for verb in (
+        store.read,
+        lambda k: store.create(k, b""),
+        lambda k: store.swap(k, None, b""),
+        store.delete,
+    ):
         with pytest.raises(StoreError, match="refused"):
             verb(key)
 
