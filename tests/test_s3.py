@@ -58,7 +58,9 @@ def test_create_is_exclusive_on_s3(s3):
         store.create("a/b", b"two")
     assert store.read("a/b") == b"one"
     assert store.read("a/b", 1, 2) == b"n"
-    assert [o.key for o in store.listing("a")] == ["a/b"]
+    listed = store.listing("a")
+    assert [o.key for o in listed] == ["a/b"]
+    assert abs(listed[0].modified_s - time.time()) < 60
     with pytest.raises(FileNotFoundError):
         store.read("a/absent")
 
