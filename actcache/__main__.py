@@ -197,16 +197,68 @@ def info(url: str, as_json: bool, storage_options: dict[str, Any]) -> None:
 
 @cli.command(context_settings=_SETTINGS)
 @click.argument("url")
-@click.option("--deep", is_flag=True, help="Also read every object and check every checksum.")
-@click.option("--json", "as_json", is_flag=True, help="The counts as JSON.")
+@click.option("--deep", is_flag=True, help="Also read every object whole: checksums, tokens, statistics.")
+@click.option(
+    "--replay",
+    type=click.IntRange(0),
+    default=0,
+    metavar="K",
+    help="Also compute K random rows again with the LM, spread over sites and splits.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Which rows --replay draws.")
+@click.option(
+    "--model",
+    metavar="PATH",
+    help="For --replay, where the LM is. Default: the bundled or hub model that was harvested.",
+)
+@click.option("--device", default="cpu", show_default=True, help="Of the LM: cpu, cuda, ...")
+@click.option("--json", "as_json", is_flag=True, help="The counts and problems as JSON.")
 @storage_option
-def verify(url: str, deep: bool, as_json: bool, storage_options: dict[str, Any]) -> None:
-    """Check the dataset at URL against its manifest; --deep reads all of it."""
+def verify(
+    url: str,
+    deep: bool,
+    replay: int,
+    seed: int,
+    model: str | None,
+    device: str,
+    as_json: bool,
+    storage_options: dict[str, Any],
+) -> None:
+    """Check the dataset at URL against its manifest; print what was checked, or every problem.
+
+    Without options it takes one listing and the metadata: missing and truncated objects, and zarr.json.
+    --deep reads everything, in the memory of a block or two. The exit code is 1 if anything is wrong.
+
+    \b
+    Examples:
+      actcache verify data/NAME
+      actcache verify s3://bucket/acts/NAME --deep --replay 100
+      actcache verify data/NAME --replay 100 --model models/my-gpt2   # harvested from a directory
+    """
+    from .errors import DamagedDataset
     from .reader import open_dataset
     from .verify import verify as run_verify
 
-    report = run_verify(open_dataset(url, storage_options=storage_options), deep=deep)
-    click.echo(json.dumps(report) if as_json else "\n".join(f"{k}: {v}" for k, v in report.items()))
+    dataset = open_dataset(url, storage_options=storage_options)
+    problems: list[str] = []
+    try:
+        checked = run_verify(dataset, deep=deep, replay=replay, seed=seed, model=model, device=device)
+    except DamagedDataset as err:
+        checked, problems = err.checked, err.problems
+    if as_json:
+        click.echo(json.dumps({"url": dataset.url, "checked": checked, "problems": problems}))
+    else:
+        _print_counts(checked)
+    for problem in problems:
+        click.echo(f"problem: {problem}", err=True)
+    if problems:
+        raise click.ClickException(f"{dataset.url} has {len(problems)} problems")
+
+
+def _print_counts(counts: dict[str, Any]) -> None:
+    for name, n in counts.items():
+        shown = format_bytes(n) if name.endswith("bytes") else f"{n:,}"
+        click.echo(f"{name}: {shown}")
 
 
 def _print_info(url: str, storage_options: dict[str, Any], as_json: bool) -> None:
