@@ -1,6 +1,7 @@
-"""`actcache` on the command line: harvest, ls, info, verify. Heavy imports wait until they are needed."""
+"""`actcache` on the command line: harvest, ls, info, verify, gc, rm. Heavy imports wait until they are needed."""
 
 import json
+import re
 import sys
 from typing import Any
 
@@ -17,8 +18,8 @@ _DEFAULT_SITE = "blocks.3.hook_resid_post"
 def cli() -> None:
     """Harvest a language model's activations once, stream them anywhere.
 
-    harvest makes a dataset, or finds it made; ls, info and verify look at what is there. To train and
-    evaluate SAEs on a dataset: python -m sae --help.
+    harvest makes a dataset, or finds it made; ls, info and verify look at what is there; gc and rm remove.
+    To train and evaluate SAEs on a dataset: python -m sae --help.
     """
 
 
@@ -253,6 +254,97 @@ def verify(
         click.echo(f"problem: {problem}", err=True)
     if problems:
         raise click.ClickException(f"{dataset.url} has {len(problems)} problems")
+
+
+@cli.command(context_settings=_SETTINGS)
+@click.argument("url")
+@click.option(
+    "--grace",
+    default="24h",
+    show_default=True,
+    metavar="TIME",
+    help="Touch nothing younger than this by the store's clock, e.g. 90s, 30m, 24h, 7d.",
+)
+@click.option(
+    "--keep",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    metavar="N",
+    help="Manifest versions to keep whatever their age.",
+)
+@click.option("--dry-run", is_flag=True, help="List what would be removed, remove nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Keys and counts as JSON.")
+@storage_option
+def gc(
+    url: str, grace: str, keep: int, dry_run: bool, as_json: bool, storage_options: dict[str, Any]
+) -> None:
+    """Remove what no kept manifest version of the dataset at URL names.
+
+    Such as blocks of dead writers, old versions, and records that a segment holds. Refuses a dataset that
+    seems to be written: wait until a harvest has ended, and start none meanwhile. Token stores, which
+    datasets share, are not touched. Writes one small object to learn the store's time, and removes it.
+
+    \b
+    Examples:
+      actcache gc data/NAME --dry-run
+      actcache gc s3://bucket/acts/NAME --grace 7d --keep 3
+    """
+    from .gc import collect_garbage
+
+    done = collect_garbage(
+        url, grace_s=_seconds(grace), keep=keep, dry_run=dry_run, storage_options=storage_options
+    )
+    if as_json:
+        click.echo(json.dumps(done))
+        return
+    if dry_run:
+        click.echo("".join(f"{key}\n" for key in done["keys"]), nl=False)
+    for key in done["unknown_keys"]:
+        click.echo(f"kept, not of this format: {key}", err=True)
+    parts = ", ".join(f"{n:,} {name}" for name, n in done["removed"].items() if n) or "nothing"
+    click.echo(f"{'would remove' if dry_run else 'removed'} {parts} ({format_bytes(done['size_bytes'])})")
+
+
+@cli.command(context_settings=_SETTINGS)
+@click.argument("url")
+@click.option("--yes", is_flag=True, help="Do not ask; for scripts.")
+@storage_option
+def rm(url: str, yes: bool, storage_options: dict[str, Any]) -> None:
+    """Remove the whole dataset at URL, after you typed its id.
+
+    Shows its rows and size first. Interrupted, it can be run again. Token stores are not touched.
+
+    \b
+    Examples:
+      actcache rm data/NAME
+      actcache rm s3://bucket/acts/NAME --yes
+    """
+    from .gc import plan_removal, remove_dataset
+
+    removal = plan_removal(url, storage_options)
+    rows = ", ".join(f"{split} {format_count(n)}" for split, n in removal.n_rows.items())
+    n_objects = sum(map(len, removal.objects.values()))
+    click.echo(f"{removal.store.url}\n  rows     {rows or 'none that can be read'}")
+    click.echo(f"  size     {format_bytes(removal.size_bytes)} in {n_objects:,} objects")
+    if not yes:
+        if not sys.stdin.isatty():
+            raise click.UsageError("standard input is no terminal; give --yes to remove without asking")
+        short = removal.name.rsplit("-", 1)[-1]
+        if click.prompt(f"type {short} to remove it", default="", show_default=False) != short:
+            raise click.ClickException(f"that is not {short}; nothing was removed")
+    removed = remove_dataset(removal)
+    for key in removal.unknown:
+        click.echo(f"kept, not of this format: {key}", err=True)
+    click.echo(f"removed {removed:,} objects")
+
+
+def _seconds(text: str) -> float:
+    """`90s`, `30m`, `24h` or `7d` in seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if match is None:
+        raise click.UsageError(f"--grace is {text!r}; give a number with s, m, h or d, such as 24h")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
 def _print_counts(counts: dict[str, Any]) -> None:

@@ -49,6 +49,10 @@ class Conflict(StoreError):
     """An object that must be created exists with other content: somebody else's data is there."""
 
 
+class BeingWritten(ActcacheError):
+    """Somebody seems to write the dataset: wait until they are done, then try again."""
+
+
 class NonFiniteActivation(ActcacheError, ArithmeticError):
     """The LM produced inf or NaN; the message names the first bad row (fp16 overflows at 65504)."""
 
