@@ -12,6 +12,7 @@ from .progress import format_bytes, format_count
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 _DEFAULT_SITE = "blocks.3.hook_resid_post"
+_TABLE_WIDTH = 140  # columns; names of datasets are long, and a folded one cannot be copied
 
 
 @click.group(context_settings=_SETTINGS)
@@ -161,30 +162,72 @@ def harvest(
 
 @cli.command("ls", context_settings=_SETTINGS)
 @click.argument("root")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line, by site.")
 @storage_option
 def list_command(root: str, as_json: bool, storage_options: dict[str, Any]) -> None:
-    """List the datasets under ROOT (a directory or URL)."""
+    """List the datasets under ROOT (a directory or URL).
+
+    Rows are of the train split. FVU is the noise of storing as a fraction of the variance of core rows, CE
+    the change of the model's loss in nats when stored values take the place of its own: the worst site's.
+
+    \b
+    Examples:
+      actcache ls data
+      actcache ls s3://bucket/acts --json
+    """
     from rich.table import Table
+    from rich.text import Text
 
     from .catalog import list_datasets
 
     entries = list_datasets(root, storage_options)
-    table = Table("name", "sites", "train rows", "state", box=None)
+    if as_json:
+        for entry in entries:
+            click.echo(json.dumps(entry.summary()))
+        return
+    rows = [_ls_row(entry.summary()) for entry in entries]
+    console = _console()
+    if console.width < _TABLE_WIDTH:
+        for name, model, sites, *figures in rows:
+            click.echo(name)
+            labels = ("rows {}", "{}", "{}", "FVU {}", "CE {}")
+            shown = [label.format(f) for label, f in zip(labels, figures, strict=True) if f]
+            click.echo("  ".join(["", model, *shown] if model else ["", *shown]))
+            click.echo("".join(f"  {site}\n" for site in sites.split("\n") if site), nl=False)
+    else:
+        table = Table(box=None, padding=(0, 1), pad_edge=False)
+        for column in ("name", "model", "sites"):
+            table.add_column(column, overflow="fold")
+        for column in ("rows", "size", "state", "FVU", "CE"):
+            table.add_column(column, justify="left" if column == "state" else "right", no_wrap=True)
+        for cells in rows:
+            table.add_row(*(Text(cell) for cell in cells))
+        console.print(table)
     for entry in entries:
-        manifest = entry.manifest
-        line: dict[str, Any] = {"name": entry.name, "state": entry.error}
-        if manifest is not None:
-            line |= {"sites": sorted(manifest.sites), "rows": manifest.splits["train"]["n_rows"]}
-            line["state"] = "complete" if manifest.complete else "partial"
-        if as_json:
-            click.echo(json.dumps(line))
-        elif manifest is None:
-            table.add_row(entry.name, "", "", f"unreadable: {entry.error}")
-        else:
-            table.add_row(entry.name, "\n".join(line["sites"]), format_count(line["rows"]), line["state"])
-    if not as_json:
-        _console().print(table)
+        if entry.error:
+            click.echo(f"unreadable: {entry.name}: {entry.error}", err=True)
+
+
+def _ls_row(line: dict[str, Any]) -> tuple[str, ...]:
+    """The cells of one dataset; blank where the manifest does not say."""
+    if line["state"] == "unreadable":
+        return line["name"], "", "", "", "", line["state"], "", ""
+
+    def worst(name: str, form: str) -> str:
+        known = [site[name] for site in line["sites"].values() if site[name] is not None]
+        return form.format(max(known, key=abs)) if known else ""
+
+    size = line["size_bytes"]
+    return (
+        line["name"],
+        line["model"],
+        "\n".join(line["sites"]),
+        format_count(line["rows"]["train"]),
+        "" if size is None else format_bytes(size),
+        line["state"],
+        worst("fvu_core", "{:.1e}"),
+        worst("ce_change", "{:+.0e}"),
+    )
 
 
 @cli.command(context_settings=_SETTINGS)
