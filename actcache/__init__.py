@@ -5,7 +5,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Corpus", "Dataset", "Spec", "harvest", "list_datasets", "open"]
+__all__ = ["Corpus", "Dataset", "Spec", "find", "harvest", "list_datasets", "open"]
 
 _HOME = {
     "Corpus": ("spec", "Corpus"),
@@ -13,11 +13,12 @@ _HOME = {
     "Dataset": ("reader", "Dataset"),
     "open": ("reader", "open_dataset"),
     "harvest": ("driver", "harvest"),
+    "find": ("catalog", "find"),
     "list_datasets": ("catalog", "list_datasets"),
 }
 
 if TYPE_CHECKING:
-    from .catalog import list_datasets
+    from .catalog import find, list_datasets
     from .driver import harvest
     from .reader import Dataset
     from .reader import open_dataset as open

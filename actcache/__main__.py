@@ -1,6 +1,7 @@
-"""`actcache` on the command line: harvest, ls, info, verify. Heavy imports wait until they are needed."""
+"""`actcache` on the command line: harvest, ls, info, verify, gc, rm. Heavy imports wait until they are needed."""
 
 import json
+import re
 import sys
 from typing import Any
 
@@ -11,14 +12,15 @@ from .progress import format_bytes, format_count
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 _DEFAULT_SITE = "blocks.3.hook_resid_post"
+_TABLE_WIDTH = 140  # columns; names of datasets are long, and a folded one cannot be copied
 
 
 @click.group(context_settings=_SETTINGS)
 def cli() -> None:
     """Harvest a language model's activations once, stream them anywhere.
 
-    harvest makes a dataset, or finds it made; ls, info and verify look at what is there. To train and
-    evaluate SAEs on a dataset: python -m sae --help.
+    harvest makes a dataset, or finds it made; ls, info and verify look at what is there; gc and rm remove.
+    To train and evaluate SAEs on a dataset: python -m sae --help.
     """
 
 
@@ -160,30 +162,72 @@ def harvest(
 
 @cli.command("ls", context_settings=_SETTINGS)
 @click.argument("root")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line, by site.")
 @storage_option
 def list_command(root: str, as_json: bool, storage_options: dict[str, Any]) -> None:
-    """List the datasets under ROOT (a directory or URL)."""
+    """List the datasets under ROOT (a directory or URL).
+
+    Rows are of the train split. FVU is the noise of storing as a fraction of the variance of core rows, CE
+    the change of the model's loss in nats when stored values take the place of its own: the worst site's.
+
+    \b
+    Examples:
+      actcache ls data
+      actcache ls s3://bucket/acts --json
+    """
     from rich.table import Table
+    from rich.text import Text
 
     from .catalog import list_datasets
 
     entries = list_datasets(root, storage_options)
-    table = Table("name", "sites", "train rows", "state", box=None)
+    if as_json:
+        for entry in entries:
+            click.echo(json.dumps(entry.summary()))
+        return
+    rows = [_ls_row(entry.summary()) for entry in entries]
+    console = _console()
+    if console.width < _TABLE_WIDTH:
+        for name, model, sites, *figures in rows:
+            click.echo(name)
+            labels = ("rows {}", "{}", "{}", "FVU {}", "CE {}")
+            shown = [label.format(f) for label, f in zip(labels, figures, strict=True) if f]
+            click.echo("  ".join(["", model, *shown] if model else ["", *shown]))
+            click.echo("".join(f"  {site}\n" for site in sites.split("\n") if site), nl=False)
+    else:
+        table = Table(box=None, padding=(0, 1), pad_edge=False)
+        for column in ("name", "model", "sites"):
+            table.add_column(column, overflow="fold")
+        for column in ("rows", "size", "state", "FVU", "CE"):
+            table.add_column(column, justify="left" if column == "state" else "right", no_wrap=True)
+        for cells in rows:
+            table.add_row(*(Text(cell) for cell in cells))
+        console.print(table)
     for entry in entries:
-        manifest = entry.manifest
-        line: dict[str, Any] = {"name": entry.name, "state": entry.error}
-        if manifest is not None:
-            line |= {"sites": sorted(manifest.sites), "rows": manifest.splits["train"]["n_rows"]}
-            line["state"] = "complete" if manifest.complete else "partial"
-        if as_json:
-            click.echo(json.dumps(line))
-        elif manifest is None:
-            table.add_row(entry.name, "", "", f"unreadable: {entry.error}")
-        else:
-            table.add_row(entry.name, "\n".join(line["sites"]), format_count(line["rows"]), line["state"])
-    if not as_json:
-        _console().print(table)
+        if entry.error:
+            click.echo(f"unreadable: {entry.name}: {entry.error}", err=True)
+
+
+def _ls_row(line: dict[str, Any]) -> tuple[str, ...]:
+    """The cells of one dataset; blank where the manifest does not say."""
+    if line["state"] == "unreadable":
+        return line["name"], "", "", "", "", line["state"], "", ""
+
+    def worst(name: str, form: str) -> str:
+        known = [site[name] for site in line["sites"].values() if site[name] is not None]
+        return form.format(max(known, key=abs)) if known else ""
+
+    size = line["size_bytes"]
+    return (
+        line["name"],
+        line["model"],
+        "\n".join(line["sites"]),
+        format_count(line["rows"]["train"]),
+        "" if size is None else format_bytes(size),
+        line["state"],
+        worst("fvu_core", "{:.1e}"),
+        worst("ce_change", "{:+.0e}"),
+    )
 
 
 @cli.command(context_settings=_SETTINGS)
@@ -197,16 +241,159 @@ def info(url: str, as_json: bool, storage_options: dict[str, Any]) -> None:
 
 @cli.command(context_settings=_SETTINGS)
 @click.argument("url")
-@click.option("--deep", is_flag=True, help="Also read every object and check every checksum.")
-@click.option("--json", "as_json", is_flag=True, help="The counts as JSON.")
+@click.option("--deep", is_flag=True, help="Also read every object whole: checksums, tokens, statistics.")
+@click.option(
+    "--replay",
+    type=click.IntRange(0),
+    default=0,
+    metavar="K",
+    help="Also compute K random rows again with the LM, spread over sites and splits.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Which rows --replay draws.")
+@click.option(
+    "--model",
+    metavar="PATH",
+    help="For --replay, where the LM is. Default: the bundled or hub model that was harvested.",
+)
+@click.option("--device", default="cpu", show_default=True, help="Of the LM: cpu, cuda, ...")
+@click.option("--json", "as_json", is_flag=True, help="The counts and problems as JSON.")
 @storage_option
-def verify(url: str, deep: bool, as_json: bool, storage_options: dict[str, Any]) -> None:
-    """Check the dataset at URL against its manifest; --deep reads all of it."""
+def verify(
+    url: str,
+    deep: bool,
+    replay: int,
+    seed: int,
+    model: str | None,
+    device: str,
+    as_json: bool,
+    storage_options: dict[str, Any],
+) -> None:
+    """Check the dataset at URL against its manifest; print what was checked, or every problem.
+
+    Without options it takes one listing and the metadata: missing and truncated objects, and zarr.json.
+    --deep reads everything, in the memory of a block or two. The exit code is 1 if anything is wrong.
+
+    \b
+    Examples:
+      actcache verify data/NAME
+      actcache verify s3://bucket/acts/NAME --deep --replay 100
+      actcache verify data/NAME --replay 100 --model models/my-gpt2   # harvested from a directory
+    """
+    from .errors import DamagedDataset
     from .reader import open_dataset
     from .verify import verify as run_verify
 
-    report = run_verify(open_dataset(url, storage_options=storage_options), deep=deep)
-    click.echo(json.dumps(report) if as_json else "\n".join(f"{k}: {v}" for k, v in report.items()))
+    dataset = open_dataset(url, storage_options=storage_options)
+    problems: list[str] = []
+    try:
+        checked = run_verify(dataset, deep=deep, replay=replay, seed=seed, model=model, device=device)
+    except DamagedDataset as err:
+        checked, problems = err.checked, err.problems
+    if as_json:
+        click.echo(json.dumps({"url": dataset.url, "checked": checked, "problems": problems}))
+    else:
+        _print_counts(checked)
+    for problem in problems:
+        click.echo(f"problem: {problem}", err=True)
+    if problems:
+        raise click.ClickException(f"{dataset.url} has {len(problems)} problems")
+
+
+@cli.command(context_settings=_SETTINGS)
+@click.argument("url")
+@click.option(
+    "--grace",
+    default="24h",
+    show_default=True,
+    metavar="TIME",
+    help="Touch nothing younger than this by the store's clock, e.g. 90s, 30m, 24h, 7d.",
+)
+@click.option(
+    "--keep",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    metavar="N",
+    help="Manifest versions to keep whatever their age.",
+)
+@click.option("--dry-run", is_flag=True, help="List what would be removed, remove nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Keys and counts as JSON.")
+@storage_option
+def gc(
+    url: str, grace: str, keep: int, dry_run: bool, as_json: bool, storage_options: dict[str, Any]
+) -> None:
+    """Remove what no kept manifest version of the dataset at URL names.
+
+    Such as blocks of dead writers, old versions, and records that a segment holds. Refuses a dataset that
+    seems to be written: wait until a harvest has ended, and start none meanwhile. Token stores, which
+    datasets share, are not touched. Writes one small object to learn the store's time, and removes it.
+
+    \b
+    Examples:
+      actcache gc data/NAME --dry-run
+      actcache gc s3://bucket/acts/NAME --grace 7d --keep 3
+    """
+    from .gc import collect_garbage
+
+    done = collect_garbage(
+        url, grace_s=_seconds(grace), keep=keep, dry_run=dry_run, storage_options=storage_options
+    )
+    if as_json:
+        click.echo(json.dumps(done))
+        return
+    if dry_run:
+        click.echo("".join(f"{key}\n" for key in done["keys"]), nl=False)
+    for key in done["unknown_keys"]:
+        click.echo(f"kept, not of this format: {key}", err=True)
+    parts = ", ".join(f"{n:,} {name}" for name, n in done["removed"].items() if n) or "nothing"
+    click.echo(f"{'would remove' if dry_run else 'removed'} {parts} ({format_bytes(done['size_bytes'])})")
+
+
+@cli.command(context_settings=_SETTINGS)
+@click.argument("url")
+@click.option("--yes", is_flag=True, help="Do not ask; for scripts.")
+@storage_option
+def rm(url: str, yes: bool, storage_options: dict[str, Any]) -> None:
+    """Remove the whole dataset at URL, after you typed its id.
+
+    Shows its rows and size first. Interrupted, it can be run again. Token stores are not touched.
+
+    \b
+    Examples:
+      actcache rm data/NAME
+      actcache rm s3://bucket/acts/NAME --yes
+    """
+    from .gc import plan_removal, remove_dataset
+
+    removal = plan_removal(url, storage_options)
+    rows = ", ".join(f"{split} {format_count(n)}" for split, n in removal.n_rows.items())
+    n_objects = sum(map(len, removal.objects.values()))
+    click.echo(f"{removal.store.url}\n  rows     {rows or 'none that can be read'}")
+    click.echo(f"  size     {format_bytes(removal.size_bytes)} in {n_objects:,} objects")
+    if not yes:
+        if not sys.stdin.isatty():
+            raise click.UsageError("standard input is no terminal; give --yes to remove without asking")
+        short = removal.name.rsplit("-", 1)[-1]
+        if click.prompt(f"type {short} to remove it", default="", show_default=False) != short:
+            raise click.ClickException(f"that is not {short}; nothing was removed")
+    removed = remove_dataset(removal)
+    for key in removal.unknown:
+        click.echo(f"kept, not of this format: {key}", err=True)
+    click.echo(f"removed {removed:,} objects")
+
+
+def _seconds(text: str) -> float:
+    """`90s`, `30m`, `24h` or `7d` in seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if match is None:
+        raise click.UsageError(f"--grace is {text!r}; give a number with s, m, h or d, such as 24h")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def _print_counts(counts: dict[str, Any]) -> None:
+    for name, n in counts.items():
+        shown = format_bytes(n) if name.endswith("bytes") else f"{n:,}"
+        click.echo(f"{name}: {shown}")
 
 
 def _print_info(url: str, storage_options: dict[str, Any], as_json: bool) -> None:

@@ -26,7 +26,9 @@ from .spec import LM_DTYPES
 
 __all__ = [
     "LM",
+    "check_harvested",
     "lm_config",
+    "load_harvested_lm",
     "load_lm",
     "load_tokenizer",
     "resolve_model",
@@ -338,6 +340,54 @@ def load_lm(
             f"the model {model!r} cannot be put on device {device!r}: {_first_line(err)}"
         ) from err
     return LM(hf_model, model_id, revision, device, lm_dtype)
+
+
+def load_harvested_lm(
+    harvested: Mapping[str, Any],
+    model: str | None = None,
+    *,
+    device: str = "cpu",
+    attn_implementation: str | None = None,
+) -> LM:
+    """The LM that a dataset came from: `harvested` is `model` of its identity.
+
+    Args:
+        harvested: `id`, `revision` and `lm_dtype`.
+        model: where it is, if not at its id: a directory, or another hub id with the same commit.
+        device: of the LM.
+        attn_implementation: the kernel to run; default: as `load_lm` chooses.
+
+    Raises:
+        SpecError: no such model, or another revision than the one that was harvested.
+    """
+    source, revision = model or harvested["id"], None
+    if _local_directory(source) is None:  # a hub has every revision
+        revision = harvested["revision"]
+        if not _COMMIT.fullmatch(revision):
+            raise SpecError(
+                f"the dataset came from a local directory {harvested['id']!r} ({revision[:20]}...), not from a hub "
+                "model; give that directory as the model."
+            )
+    dtype = harvested["lm_dtype"]
+    lm = load_lm(
+        source, revision=revision, lm_dtype=dtype, device=device, attn_implementation=attn_implementation
+    )
+    check_harvested(lm, harvested)
+    return lm
+
+
+def check_harvested(lm: LM, harvested: Mapping[str, Any]) -> None:
+    """Refuse an LM that is not the one of a dataset's identity.
+
+    Raises:
+        SpecError: its revision is another.
+    """
+    wanted = harvested["revision"]
+    if lm.revision != wanted:
+        raise SpecError(
+            f"the dataset holds activations of {harvested['id']} at revision {wanted[:20]}, but {lm.model_id} "
+            f"is at {lm.revision[:20]}. Give the model that was harvested."
+        )
 
 
 def _attention(config: Any) -> str | None:

@@ -1,18 +1,26 @@
-"""The datasets under one prefix: find one by identity, list them all.
+"""The datasets under one prefix: find one by identity or Spec, list them all.
 
-No database: the object store is the truth.
+No database: the object store is the truth. A listing takes one request for the prefix and at most
+two for each folder in it, whatever the datasets hold.
 """
 
+import logging
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .errors import ActcacheError, NotADataset
-from .manifest import Manifest, read_manifest
+from .manifest import SPLITS, Manifest, latest_version, read_manifest
 from .store import Store, open_store
 
 if TYPE_CHECKING:
     from .reader import Dataset
+    from .spec import Spec
+
+log = logging.getLogger(__name__)
+
+_THREADS = 16  # requests in flight: a listing is all latency
 
 
 @dataclass(frozen=True)
@@ -23,34 +31,139 @@ class Entry:
     manifest: Manifest | None
     error: str = ""
 
+    @property
+    def state(self) -> str:
+        """`complete` (all that was last asked for is there), `partial` or `unreadable`."""
+        if self.manifest is None:
+            return "unreadable"
+        return "complete" if self.manifest.complete else "partial"
+
+    def summary(self) -> dict[str, Any]:
+        """What `actcache ls` shows, as JSON; None where the manifest does not say."""
+        line: dict[str, Any] = {"name": self.name, "state": self.state, "error": self.error or None}
+        manifest = self.manifest
+        if manifest is None:
+            return line
+        sizes = [size.get("size_bytes") for size in manifest.splits.values()]
+        fidelity = {site: manifest.fidelity.get(site, {}) for site in sorted(manifest.sites)}
+        return line | {
+            "id": manifest.id,
+            "version": manifest.version,
+            "model": manifest.identity["model"]["id"],
+            "precision": manifest.identity["precision"],
+            "rows": {split: size["n_rows"] for split, size in manifest.splits.items()},
+            "size_bytes": None if None in sizes else sum(n for n in sizes if n is not None),
+            "sites": {
+                site: {"fvu_core": f.get("fvu_core"), "ce_change": f.get("ce_change")}
+                for site, f in fidelity.items()
+            },
+        }
+
 
 def find_dataset(base: Store, dataset_id: str) -> str | None:
-    """Name of the dataset with this identity under `base`, whatever its readable part; None if absent."""
+    """Name of the dataset with this identity under `base`, whatever its readable part; None if absent.
+
+    One listing; no other dataset is read.
+    """
     for name in base.folders():
         if name.endswith(f"-{dataset_id[:12]}"):
             return name
     return None
 
 
+def find(spec: "Spec", root: str, storage_options: Mapping[str, Any] | None = None) -> "Dataset | None":
+    """The dataset of `spec` under `root`, if anything of it is committed; nothing is computed or written.
+
+    The extent is no part of what a dataset is: it may hold fewer sites or rows than `spec` asks for, or
+    more. How much of what was asked for is there is logged; `coverage` gives it as numbers.
+
+    Raises:
+        SpecError, CorpusError: the Spec cannot be met as written.
+        FormatError, CorruptObject: it is there and cannot be read.
+    """
+    from .driver import resolve
+    from .reader import open_dataset
+
+    resolved = resolve(spec, storage_options)
+    base = open_store(root, storage_options)
+    name = find_dataset(base, resolved.id)
+    if name is None:
+        return None
+    try:
+        dataset = open_dataset(base.sub(name).url, storage_options=storage_options)
+    except NotADataset:
+        return None
+    have, wanted = coverage(dataset.manifest, spec, resolved.sites)
+    log.info("%s holds %d of the %d blocks asked for, over all sites", dataset.url, have, wanted)
+    return dataset
+
+
+def coverage(manifest: Manifest, spec: "Spec", sites: tuple[str, ...]) -> tuple[int, int]:
+    """(blocks of the wanted sites that are committed, blocks wanted), summed over sites and splits.
+
+    A complete dataset has all that its corpus gives, so what it lacks of an extent that it was asked for
+    is not wanted.
+    """
+    limits = dict(zip(SPLITS, _wanted_blocks(manifest, spec), strict=True))
+    have = wanted = 0
+    for site in sites:
+        extent = manifest.sites.get(site)
+        for split, limit in limits.items():
+            wanted += limit
+            have += min(limit, extent.n_blocks.get(split, 0)) if extent else 0
+    return have, wanted
+
+
+def _wanted_blocks(manifest: Manifest, spec: "Spec") -> tuple[int, int, int]:
+    """Blocks of train, validation and test that `spec` asks for, bounded by the corpus where it is known."""
+    asked = (-(-spec.n_tokens // manifest.identity["block_rows"]), spec.validation_blocks, spec.test_blocks)
+    earlier = manifest.wanted
+    earlier_blocks = (
+        -(-earlier["n_tokens"] // manifest.identity["block_rows"]),
+        earlier["validation_blocks"],
+        earlier["test_blocks"],
+    )
+    bounded = []
+    for split, want, before in zip(SPLITS, asked, earlier_blocks, strict=True):
+        there = manifest.splits[split]["n_blocks"]
+        ends = manifest.complete and there < before  # the corpus ended before what was asked for
+        bounded.append(min(want, there) if ends else want)
+    return bounded[0], bounded[1], bounded[2]
+
+
 def list_datasets(root: str, storage_options: Mapping[str, Any] | None = None) -> list[Entry]:
-    """Every dataset directly under `root`, sorted by name; one listing and two requests a dataset.
+    """Every dataset directly under `root`, sorted by name; other folders are left out.
+
+    One listing of `root` and at most two requests a folder, 16 at a time.
 
     Raises:
         NotADataset: there is nothing at `root`.
     """
     base = open_store(root, storage_options)
-    entries = []
     names = base.folders()
     if not names:
         raise NotADataset(f"nothing at {base.url}; give the root that harvests were written under")
-    for name in names:
-        if name == "tokens" or name.startswith("_"):
-            continue
-        try:
-            entries.append(Entry(name, read_manifest(base.sub(name))))
-        except ActcacheError as err:
-            entries.append(Entry(name, None, str(err)))
-    return entries
+    with ThreadPoolExecutor(_THREADS) as pool:
+        entries = pool.map(lambda name: _entry(base, name), [n for n in names if _may_be_dataset(n)])
+        return [entry for entry in entries if entry is not None]
+
+
+def _may_be_dataset(name: str) -> bool:
+    return name != "tokens" and not name.startswith(("_", "."))
+
+
+def _entry(base: Store, name: str) -> Entry | None:
+    """What is in the folder `name`: two requests; None if it is no dataset."""
+    try:
+        store = base.sub(name)
+        version = latest_version(store)
+        if version:
+            return Entry(name, read_manifest(store, version))
+        if store.exists("_identity.json"):
+            return Entry(name, None, "nothing is committed yet; run the harvest again")
+    except ActcacheError as err:
+        return Entry(name, None, str(err))
+    return None
 
 
 def describe(dataset: "Dataset") -> dict[str, Any]:

@@ -4,6 +4,9 @@ Every message says what was found, what was wanted and what to do. Bad arguments
 found before anything is touched are `ValueError`s as well, so `except ValueError` works.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 
 class ActcacheError(Exception):
     """Anything this package raises on purpose; the command line prints it as one line."""
@@ -29,12 +32,25 @@ class CorruptObject(ActcacheError):
     """A stored object differs from its recorded size or checksum; the message names the key."""
 
 
+class DamagedDataset(CorruptObject):
+    """Verification found differences: `problems` has a line for each, `checked` what was looked at."""
+
+    def __init__(self, url: str, problems: Sequence[str], checked: Mapping[str, Any]) -> None:
+        self.problems, self.checked = list(problems), dict(checked)
+        more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
+        super().__init__(f"{url} is damaged: {self.problems[0]}{more}")
+
+
 class StoreError(ActcacheError, OSError):
     """The store refused or failed (permissions, disk full, network) after the allowed retries."""
 
 
 class Conflict(StoreError):
     """An object that must be created exists with other content: somebody else's data is there."""
+
+
+class BeingWritten(ActcacheError):
+    """Somebody seems to write the dataset: wait until they are done, then try again."""
 
 
 class NonFiniteActivation(ActcacheError, ArithmeticError):

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from .codec import Calibration, Precision
 from .errors import CorruptObject
 from .manifest import Manifest, check_format
-from .shard import array_metadata, group_metadata
+from .shard import array_metadata, group_metadata, shard_key
 from .spec import FORMAT, canonical_json
 
 _SEQUENCE_CHUNK = 64
@@ -109,6 +110,16 @@ def n_shards(manifest: Manifest, split: str) -> dict[str, int]:
         path: -(-_committed(manifest, split, path, size) // array["shard_rows"])
         for path, array in layout.items()
     }
+
+
+def object_sizes(objects: pa.Table, layout: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Key and size of every shard that a segment table names, of the arrays in `array_layout`."""
+    sizes = {}
+    for row in objects.select(["path", "shard", "size_bytes"]).to_pylist():
+        array = layout.get(row["path"].partition("/")[2])
+        if array is not None:
+            sizes[shard_key(row["path"], row["shard"], 1 + len(array["row"]))] = row["size_bytes"]
+    return sizes
 
 
 def site_rows(manifest: Manifest, split: str, site: str) -> int:

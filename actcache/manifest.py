@@ -386,12 +386,22 @@ def manifest_key(version: int) -> str:
 
 def latest_version(store: Store) -> int:
     """The newest manifest version, 0 if there is none."""
-    versions = [
-        int(m[1])
-        for o in store.listing("_manifest")
-        if (m := re.fullmatch(r"_manifest/(\d{8})\.json", o.key))
-    ]
-    return max(versions, default=0)
+    return max(_versions(store), default=0)
+
+
+def _versions(store: Store) -> list[int]:
+    """The manifest versions that are there, in order."""
+    keys = (re.fullmatch(r"_manifest/(\d{8})\.json", o.key) for o in store.listing("_manifest"))
+    return [int(m[1]) for m in keys if m]
+
+
+def _no_such_version(store: Store, version: int) -> NotADataset:
+    found = _versions(store)
+    have = f"has versions {found[0]} to {found[-1]}" if found else "has no version"
+    return NotADataset(
+        f"{store.url} {have}, wanted {version}: `actcache gc` removed it, or it was never committed. Open the "
+        "newest (give no version)"
+    )
 
 
 def read_manifest(store: Store, version: int | None = None) -> Manifest:
@@ -408,7 +418,11 @@ def read_manifest(store: Store, version: int | None = None) -> Manifest:
             f"no committed actcache dataset at {store.url}; check the URL (`actcache ls` lists a prefix), or harvest it"
         )
     key = manifest_key(version)
-    manifest = parse_manifest(_read_committed(store, key), f"{store.url}/{key}")
+    try:
+        data = store.read(key)
+    except FileNotFoundError:
+        raise _no_such_version(store, version) from None
+    manifest = parse_manifest(data, f"{store.url}/{key}")
     if manifest.version != version:
         raise FormatError(
             f"{store.url}/{key} says it is version {manifest.version}; it was copied or renamed"

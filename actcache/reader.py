@@ -116,15 +116,18 @@ class _Shared:
 
     @cached_property
     def objects(self) -> pa.Table:
-        return pa.concat_tables(
-            read_segment_table(self.store, s.objects, s.objects_sha256) for s in self.manifest.segments
-        )
+        return self._tables([(s.objects, s.objects_sha256) for s in self.manifest.segments])
 
     @cached_property
     def statistics(self) -> pa.Table:
-        return pa.concat_tables(
-            read_segment_table(self.store, s.statistics, s.statistics_sha256) for s in self.manifest.segments
-        )
+        return self._tables([(s.statistics, s.statistics_sha256) for s in self.manifest.segments])
+
+    def _tables(self, files: Sequence[tuple[str, str]]) -> pa.Table:
+        try:
+            return pa.concat_tables(read_segment_table(self.store, key, sha256) for key, sha256 in files)
+        except CorruptObject:
+            read_manifest(self.store, self.manifest.version)  # says so if gc removed the pinned version
+            raise
 
     def _offset(self, site: str) -> np.ndarray | None:
         if not self.precision.quantised:

@@ -14,6 +14,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +48,8 @@ class Listed:
 
     key: str
     size_bytes: int
+    modified_s: float
+    """When it was written, in seconds since the epoch, by the store's clock (not this machine's)."""
 
 
 class Store(ABC):
@@ -82,7 +85,11 @@ class Store(ABC):
 
     @abstractmethod
     def listing(self, prefix: str) -> list[Listed]:
-        """Objects whose key starts with the folder `prefix` (no trailing slash), sorted by key."""
+        """Objects in the folder `prefix` (no trailing slash; "" for all), sorted by key."""
+
+    def leftovers(self) -> list[Listed]:
+        """Temporary files of killed writers; they are no objects and in no `listing`."""
+        return []
 
     @abstractmethod
     def folders(self, prefix: str = "") -> list[str]:
@@ -107,6 +114,10 @@ class Store(ABC):
     @abstractmethod
     def delete(self, key: str) -> None:
         """Remove an object; silent if it is gone."""
+
+    def prune(self) -> int:
+        """Remove empty directories, this one too, where the store has directories; returns how many."""
+        return 0
 
     @abstractmethod
     def sub(self, name: str) -> "Store":
@@ -192,7 +203,10 @@ class LocalStore(Store):
         with _store_errors(self.url, key), open(self._path(key), "rb") as file:
             if start:
                 file.seek(start)
-            return file.read() if stop is None else file.read(stop - start)
+            if stop is None:
+                return file.read()
+            # Python allocates what is asked for, whatever the file holds
+            return file.read(max(0, min(stop, os.fstat(file.fileno()).st_size) - start))
 
     def swap(self, key: str, expected: bytes | None, data: bytes) -> bool:
         path = self._path(key)
@@ -223,14 +237,29 @@ class LocalStore(Store):
             os.close(descriptor)
 
     def listing(self, prefix: str) -> list[Listed]:
-        base = self._path(prefix)
+        return self._walk(prefix, temporary=False)
+
+    def leftovers(self) -> list[Listed]:
+        return self._walk("", temporary=True)
+
+    def _walk(self, prefix: str, *, temporary: bool) -> list[Listed]:
         found = []
-        for folder, _, names in os.walk(base):
+        for folder, _, names in os.walk(self._path(prefix) if prefix else self.root):
             for name in names:
-                if not name.startswith(_TEMPORARY):
-                    path = Path(folder, name)
-                    found.append(Listed(path.relative_to(self.root).as_posix(), path.stat().st_size))
+                path = Path(folder, name)
+                if name.startswith(_TEMPORARY) == temporary:
+                    with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+                        stat, key = path.stat(), path.relative_to(self.root).as_posix()
+                        found.append(Listed(key, stat.st_size, stat.st_mtime))
         return sorted(found, key=lambda o: o.key)
+
+    def prune(self) -> int:
+        removed = 0
+        for folder, _, _ in os.walk(self.root, topdown=False):
+            with contextlib.suppress(OSError):  # not empty
+                os.rmdir(folder)
+                removed += 1
+        return removed
 
     def folders(self, prefix: str = "") -> list[str]:
         base = self.root / prefix
@@ -340,13 +369,28 @@ class ObjectStore(Store):
     def listing(self, prefix: str) -> list[Listed]:
         def find() -> list[Listed]:
             self._fs.invalidate_cache()
-            found = self._fs.find(self._path(prefix), detail=True)
+            found = self._fs.find(self._path(prefix) if prefix else self._root, detail=True)
             return sorted(
-                (Listed(path[len(self._root) + 1 :], info["size"]) for path, info in found.items()),
+                (
+                    Listed(path[len(self._root) + 1 :], info["size"], self._modified(path, info))
+                    for path, info in found.items()
+                ),
                 key=lambda o: o.key,
             )
 
         return self._repeated(find, prefix)
+
+    def _modified(self, path: str, info: Mapping[str, Any]) -> float:
+        """Seconds since the epoch from a listing's entry; each file system has its own name for it."""
+        names = ("LastModified", "last_modified", "mtime", "updated", "created")
+        when = next((info[name] for name in names if info.get(name) is not None), None)
+        if when is None:
+            when = self._fs.modified(path)
+        if isinstance(when, str):
+            when = datetime.fromisoformat(when)
+        if isinstance(when, datetime):
+            return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+        return float(when)
 
     def folders(self, prefix: str = "") -> list[str]:
         def ls() -> list[str]:

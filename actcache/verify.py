@@ -1,100 +1,468 @@
-"""Verification: what is stored against what the manifest says.
+"""Verification: what is stored against what the manifest says, all differences named.
 
-The listing shows missing and truncated objects; `deep` also reads every object and checks every
-checksum. `zarr.json` is regenerated from the manifest and compared.
+The listing shows missing and truncated objects; `zarr.json` and offsets are regenerated and
+compared. `deep` reads every object whole, one at a time: checksums, row metadata recomputed from
+`input_ids` (docs/format.md, "Blocks"), statistics recomputed from the stored rows. `replay` asks
+the LM (`actcache.replay`). Nothing is repaired here.
+Shapes: N rows of a block, D = d_in.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .errors import CorruptObject
-from .layout import array_layout, calibration_key, offset_arrays, parse_calibration, zarr_metadata
-from .manifest import ShardTable
+import numpy as np
+
+from .codec import Calibration, Statistics, decode
+from .corpus import kept_tokens
+from .errors import ActcacheError, CorruptObject, DamagedDataset
+from .layout import (
+    array_layout,
+    calibration_key,
+    object_sizes,
+    offset_arrays,
+    parse_calibration,
+    zarr_metadata,
+)
+from .manifest import (
+    BlockRecord,
+    Manifest,
+    read_manifest,
+    read_segment_table,
+    record_key,
+    statistics_of,
+)
+from .order import permutation
 from .progress import Progress
 from .reader import Dataset
-from .shard import chunk_checksums, decode_shard, encode_shard, shard_key
-from .store import Store
+from .shard import chunk_checksums, decode_shard, encode_shard, index_size, parse_index, shard_key
+from .spec import canonical_json
+from .store import Listed
+
+_RESTORE = "restore it from a copy, or `actcache rm` the dataset and harvest it again"
+_REWRITE = "delete it and the root's zarr.json, and run the harvest again"
+_PIECE_VALUES = 2**22
+_UNIT = 2.0**-24  # half a unit in the last place of float32, relative
 
 
-def verify(dataset: Dataset, *, deep: bool = False, progress: bool = True) -> dict[str, Any]:
+def verify(
+    dataset: Dataset,
+    *,
+    deep: bool = False,
+    replay: int = 0,
+    seed: int = 0,
+    model: str | None = None,
+    device: str = "cpu",
+    progress: bool = True,
+) -> dict[str, Any]:
     """Check a dataset; returns what was checked, as counts.
 
+    Memory is that of a block and of the chunk tables, whatever the size of the dataset.
+
+    Args:
+        dataset: opened at the version to check; `zarr.json` is compared with the newest.
+        deep: read every object whole.
+        replay: rows to recompute from the LM, drawn by `seed` over sites and splits.
+        model: where the LM is, for datasets of a local directory; default: the identity's id.
+        device: of the LM.
+
     Raises:
-        CorruptObject: the first object that is missing, of another size, or (deep) of other bytes.
+        DamagedDataset: something differs; `problems` has one line each, `checked` the counts.
+        SpecError: `replay` was asked for and the LM is not the one that was harvested.
     """
-    manifest, store = dataset.manifest, dataset._shared.store
-    layout = array_layout(manifest.identity, {site: e.d_in for site, e in manifest.sites.items()})
-    sizes = {listed.key: listed.size_bytes for split in manifest.splits for listed in store.listing(split)}
-    tables = {
-        path: (table, layout[path.removeprefix(f"{split}/")])
-        for split in manifest.splits
-        for path, table in dataset.split(split)._tables.items()
-    }
-    total = sum(len(table.size_bytes) for table, _ in tables.values())
-    named: set[str] = set()
-    stored = chunks = 0
-    with Progress("verify", total, "objects", show=progress and deep) as bar:
-        for path, (table, array) in tables.items():
-            for shard, size in enumerate(table.size_bytes):
-                key = shard_key(path, shard, 1 + len(array["row"]))
-                _check_size(f"{store.url}/{key}", sizes.get(key), int(size))
-                if deep:
-                    chunks += _check_shard(store, key, table, shard, array)
-                named.add(key)
-                stored += int(size)
-                bar.advance()
-    implied = zarr_metadata(manifest) | _implied_offsets(dataset)
-    for key, data in implied.items():
-        if _read(store, key) != data:
-            raise CorruptObject(f"{store.url}/{key} is not what the manifest implies; {_REMEDY}")
-    report = {
-        "manifest version": manifest.version,
-        "objects of the committed size": total,
-        "bytes": stored,
-        "zarr.json and offsets as the manifest implies": len(implied),
-        "unreferenced objects": len(sizes.keys() - named - implied.keys()),
-    }
+    check = _Check(dataset, progress)
+    check.metadata()
+    check.versions()
+    check.sizes()
     if deep:
-        report |= {"objects read whole, crc32c right": total, "chunks decoded, crc32c right": chunks}
-    return report
+        check.contents()
+        check.records()
+    if replay:
+        from .replay import replay as run_replay
+
+        counts, problems = run_replay(
+            dataset, replay, seed=seed, model=model, device=device, progress=progress
+        )
+        check.counts |= counts
+        check.problems += problems
+    if check.problems:
+        raise DamagedDataset(dataset.url, check.problems, check.counts)
+    return check.counts
 
 
-_REMEDY = "delete it and run the harvest again to rewrite it"
+class _Check:
+    """One verification: `problems` and `counts` fill as its steps run, in the order of `verify`."""
+
+    def __init__(self, dataset: Dataset, progress: bool) -> None:
+        self.dataset, self.progress = dataset, progress
+        self.store, self.manifest = dataset._shared.store, dataset.manifest
+        self.layout = array_layout(
+            self.manifest.identity, {s: e.d_in for s, e in self.manifest.sites.items()}
+        )
+        self.listed: dict[str, Listed] = {o.key: o for o in self.store.listing("")}
+        self.referenced: set[str] = set()
+        self.held: set[str] = set()
+        """Records that segments hold; the others are loose."""
+        self.segments_read = True
+        """Whether the tables of chunks and statistics could be read."""
+        self.problems: list[str] = []
+        self.counts: dict[str, Any] = {"manifest version": self.manifest.version}
+
+    def problem(self, key: str, what: str, remedy: str) -> None:
+        self.problems.append(f"{self.store.url}/{key} {what}; {remedy}")
+
+    def attempt(self, work: Any) -> Any:
+        """`work()`, or None with its error noted: damage is reported, not raised."""
+        try:
+            return work()
+        except (ActcacheError, FileNotFoundError) as err:
+            self.problems.append(str(err))
+            return None
+
+    # Quick
+
+    def metadata(self) -> None:
+        """What the manifests imply byte by byte: identity, calibrations, offsets, `zarr.json`, segments."""
+        newest = self.attempt(lambda: read_manifest(self.store)) or self.manifest
+        implied = {"_identity.json": canonical_json(newest.identity).encode()}
+        self.calibrations: dict[str, Calibration] = {}
+        for site, extent in newest.sites.items():
+            key = calibration_key(site)
+            self.referenced.add(key)
+            data = self._read(key)
+            if data is not None:
+                where, sha256 = f"{self.store.url}/{key}", extent.calibration_sha256
+                calibration = self.attempt(lambda d=data, w=where, h=sha256: parse_calibration(d, w, h))
+                if calibration is not None and len(calibration.offset_D) != extent.d_in:
+                    self.problem(
+                        key, f"has {len(calibration.offset_D)} channels, wanted {extent.d_in}", _RESTORE
+                    )
+                elif calibration is not None:
+                    self.calibrations[site] = calibration
+        for path, site, array in offset_arrays(newest):
+            key = shard_key(path, 0, 1)
+            self.referenced.add(key)
+            if site in self.calibrations:
+                rows = (
+                    self.calibrations[site].offset_D,
+                    array["chunk_rows"],
+                    array["shard_rows"],
+                    float("nan"),
+                )
+                implied[key] = encode_shard(*rows)[0]
+        implied |= zarr_metadata(newest)
+        for key, wanted in implied.items():
+            self.referenced.add(key)
+            found = self._read(key)
+            if found is not None and found != wanted:
+                self.problem(key, "is not what the manifest implies", _REWRITE)
+        self.counts["calibrations, sha256 right"] = len(newest.sites)
+        self.counts["zarr.json and offsets as the manifest implies"] = len(implied) - 1
+
+    def versions(self) -> None:
+        """Every manifest version: one chain of one dataset, whose segments are all there."""
+        found = sorted(
+            int(m[1]) for key in self.listed if (m := re.fullmatch(r"_manifest/(\d{8})\.json", key))
+        )
+        before: Manifest | None = None
+        segments: dict[str, str] = {}
+        for version in found:
+            manifest = self.attempt(lambda v=version: read_manifest(self.store, v))
+            if manifest is None:
+                continue
+            self.referenced.add(manifest.key)
+            if before is not None:
+                self._follows(before, manifest)
+            for s in manifest.segments:
+                segments |= {s.objects: s.objects_sha256, s.statistics: s.statistics_sha256}
+            before = manifest
+        pinned = {key for s in self.manifest.segments for key in (s.objects, s.statistics)}
+        for key, sha256 in segments.items():
+            self.referenced.add(key)
+            if self.attempt(lambda k=key, h=sha256: read_segment_table(self.store, k, h)) is None:
+                self.segments_read = self.segments_read and key not in pinned
+        self.counts["manifest versions"] = len(found)
+        self.counts["segment files, sha256 right"] = len(segments)
+
+    def _follows(self, before: Manifest, manifest: Manifest) -> None:
+        if manifest.version != before.version + 1:
+            missing = f"{before.version + 1}..{manifest.version - 1}"
+            self.problem(manifest.key, f"follows version {before.version}; {missing} are missing", _RESTORE)
+        if manifest.id != before.id:
+            self.problem(manifest.key, f"is of another dataset than version {before.version}", _RESTORE)
+        for site, extent in before.sites.items():
+            later = manifest.sites.get(site)
+            if later is None or any(later.n_blocks.get(k, 0) < n for k, n in extent.n_blocks.items()):
+                self.problem(
+                    manifest.key, f"has fewer rows of {site} than version {before.version}", _RESTORE
+                )
+            elif (later.d_in, later.calibration_sha256) != (extent.d_in, extent.calibration_sha256):
+                self.problem(manifest.key, f"has {site} otherwise than version {before.version}", _RESTORE)
+
+    def sizes(self) -> None:
+        """Every committed object in the listing with its size; what nobody names is counted."""
+        named: dict[str, int] = {}
+        self.tables: dict[str, Any] = {}
+        if self.segments_read:
+            named = object_sizes(self.dataset._shared.objects, self.layout)
+            columns = self.dataset._shared.statistics.select(["split", "block", "sites"]).to_pylist()
+            self.held = {record_key(row["split"], row["block"], row["sites"].split(",")) for row in columns}
+            for split in self.manifest.splits:
+                tables = self.attempt(lambda s=split: self.dataset.split(s)._tables)
+                self.tables |= tables or {}
+        for key, size in named.items():
+            found = self.listed.get(key)
+            if found is None:
+                self.problem(key, f"is missing, wanted {size} bytes", _RESTORE)
+            elif found.size_bytes != size:
+                self.problem(key, f"holds {found.size_bytes} bytes, wanted {size}", _RESTORE)
+        records = {key for key in self.listed if key.startswith("_records/")}
+        others = [o for k, o in self.listed.items() if k not in self.referenced | named.keys() | records]
+        self.counts |= {
+            "objects of the committed size": len(named),
+            "bytes": sum(named.values()),
+            "loose records": len(records - self.held),
+            "unreferenced objects": len(others),
+            "unreferenced bytes": sum(o.size_bytes for o in others),
+            "leftovers of killed writers": len(self.store.leftovers()),
+        }
+
+    # Deep
+
+    def contents(self) -> None:
+        """Every shard of the version read whole, one after another."""
+        total = sum(int(t.size_bytes.sum()) for t in self.tables.values())
+        self.counts |= {
+            "objects read whole, crc32c right": 0,
+            "chunks decoded, crc32c right": 0,
+            "rows whose token, sequence and position follow from input_ids": 0,
+            "rows whose statistics follow from the stored values": 0,
+        }
+        with Progress("verify", total, "bytes", show=self.progress) as bar:
+            self._bar = bar
+            for split in self.manifest.splits:
+                if self.manifest.splits[split]["n_rows"]:
+                    self._row_metadata(split)
+                for site in self.manifest.sites:
+                    self._site(split, site)
+
+    def records(self) -> None:
+        """Every record parses; the objects of loose ones are there with their sizes."""
+        keys = [key for key in self.listed if key.startswith("_records/")]
+        for key in keys:
+            data = self._read(key)
+            where = f"{self.store.url}/{key}"
+            record = (
+                None if data is None else self.attempt(lambda d=data, w=where: BlockRecord.from_json(d, w))
+            )
+            if record is None:
+                continue
+            if record.key != key:
+                self.problem(key, f"is the record of {record.key}; it was copied or renamed", "delete it")
+            for o in record.objects if key not in self.held else ():
+                array = self.layout.get(o.path.partition("/")[2])
+                if array is None:  # of a site that no manifest has yet
+                    continue
+                found = self.listed.get(shard_key(o.path, o.shard, 1 + len(array["row"])))
+                if found is None or found.size_bytes != o.size_bytes:
+                    what = "is missing" if found is None else f"has {found.size_bytes} bytes"
+                    self.problem(key, f"names shard {o.shard} of {o.path}, which {what}", "delete the record")
+        self.counts["records that parse"] = len(keys)
+
+    def _row_metadata(self, split: str) -> None:
+        """The arrays by row against what `input_ids`, `length` and the identity imply."""
+        blocks = self._natural_rows(split)
+        names = ("token_id", "sequence", "position")
+        n_blocks = (
+            len(self.tables[f"{split}/token_id"].size_bytes) if f"{split}/token_id" in self.tables else 0
+        )
+        seed = self.manifest.identity["seed"]
+        for block in range(n_blocks):
+            natural = next(blocks, None)
+            for i, name in enumerate(names):
+                stored = self._shard(split, name, block)
+                if natural is None or stored is None:
+                    continue
+                n = len(natural[0])
+                wanted = natural[i][permutation(n, "rows", seed, split, block)]
+                if len(stored) < n or not np.array_equal(stored[:n], wanted):
+                    key = shard_key(f"{split}/{name}", block, 1)
+                    self.problem(key, "is not what input_ids and the seed imply", _RESTORE)
+                elif not i:
+                    self._count("rows whose token, sequence and position follow from input_ids", n)
+        for _ in blocks:  # sequences past the last block are read too
+            pass
+
+    def _natural_rows(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray] | None]:
+        """Token, sequence and position of each block's kept tokens in reading order; None where unknown."""
+        special = self.manifest.identity["tokens"]["special_token_ids"]
+        size, rows = self.manifest.splits[split], self.manifest.identity["block_rows"]
+        per_shard = self.layout["input_ids"]["shard_rows"]
+        pending = [np.empty((3, 0), np.int64)]
+        left = size["n_rows"]
+        for shard in range(-(-size["n_sequences"] // per_shard)):
+            first = shard * per_shard
+            n = min(per_shard, size["n_sequences"] - first)
+            input_ids = self._shard(split, "input_ids", shard)
+            length = self._shard(split, "length", shard)
+            if input_ids is None or length is None or min(len(input_ids), len(length)) < n:
+                return
+            kept = kept_tokens(input_ids[:n], length[:n], special)
+            sequence, position = np.nonzero(kept)
+            pending.append(np.stack([input_ids[:n][kept].astype(np.int64), sequence + first, position]))
+            while left and sum(p.shape[1] for p in pending) >= min(rows, left):
+                every = np.concatenate(pending, axis=1)
+                block = every[:, : min(rows, left)]
+                pending, left = [every[:, block.shape[1] :]], left - block.shape[1]
+                yield block[0], block[1], block[2]
+        if left:
+            key = shard_key(f"{split}/input_ids", 0, 2)
+            self.problem(key, f"and its later shards lack the tokens of {left} committed rows", _RESTORE)
+
+    def _site(self, split: str, site: str) -> None:
+        """Codes and scales of a site, block by block, and their statistics."""
+        path = f"{split}/{site}/codes"
+        table = self.tables.get(path)
+        if table is None:
+            return
+        n_blocks = len(table.size_bytes)
+        statistics = self.attempt(
+            lambda: statistics_of(self.dataset._shared.statistics, split, site, n_blocks)
+        )
+        calibration = self.calibrations.get(site)
+        for block in range(n_blocks):
+            codes_ND = self._shard(split, f"{site}/codes", block)
+            scale_N = self._shard(split, f"{site}/scale", block) if f"{site}/scale" in self.layout else None
+            if scale_N is not None:
+                self._constant(split, site, block, scale_N)
+            if codes_ND is None or calibration is None or not statistics or block >= len(statistics):
+                continue
+            if scale_N is None and self.dataset._shared.precision.quantised:
+                continue
+            n = statistics[block].n_rows
+            wanted = min(self.manifest.identity["block_rows"], self._rows_left(split, block))
+            key = shard_key(path, block, 2)
+            if n != wanted or len(codes_ND) < n:
+                self.problem(
+                    key, f"has {len(codes_ND)} rows and statistics of {n}, wanted {wanted}", _RESTORE
+                )
+                continue
+            scale_N = None if scale_N is None else scale_N[:n]
+            differs = self._statistics(statistics[block], codes_ND[:n], scale_N, calibration)
+            if differs:
+                self.problem(key, f"has rows whose {differs} is not the recorded one", _RESTORE)
+            else:
+                self._count("rows whose statistics follow from the stored values", n)
+
+    def _rows_left(self, split: str, block: int) -> int:
+        return self.manifest.splits[split]["n_rows"] - block * self.manifest.identity["block_rows"]
+
+    def _constant(self, split: str, site: str, block: int, scale_N: np.ndarray) -> None:
+        constant = self.tables[f"{split}/{site}/scale"].constant[block]
+        n = min(len(scale_N), self._rows_left(split, block))
+        if not np.isnan(constant) and not (scale_N[:n] == np.float32(constant)).all():
+            key = shard_key(f"{split}/{site}/scale", block, 1)
+            self.problem(key, f"is not constantly {constant:g} as its record says", _RESTORE)
+
+    def _statistics(
+        self,
+        recorded: Statistics,
+        codes_ND: np.ndarray,
+        scale_N: np.ndarray | None,
+        calibration: Calibration,
+    ) -> str:
+        """The first statistic that differs from float64 sums over the stored rows, or ""."""
+        n, d_in = codes_ND.shape
+        centre_D = recorded.mean_D
+        total_D, square_D, norm_sum, max_abs = np.zeros(d_in), np.zeros(d_in), 0.0, 0.0
+        piece = max(1, _PIECE_VALUES // d_in)
+        for i in range(0, n, piece):
+            scale = None if scale_N is None else scale_N[i : i + piece]
+            precision = self.dataset._shared.precision
+            rows_ND = decode(codes_ND[i : i + piece], scale, calibration.offset_D, precision)
+            if not np.isfinite(rows_ND).all():
+                return "finiteness"
+            wide_ND = rows_ND.astype(np.float64)
+            norm_sum += float(np.sqrt(np.einsum("nd,nd->n", wide_ND, wide_ND)).sum())
+            max_abs = max(max_abs, float(np.abs(rows_ND).max(initial=0.0)))
+            wide_ND -= centre_D
+            total_D += wide_ND.sum(axis=0)
+            square_D += np.einsum("nd,nd->d", wide_ND, wide_ND)
+        rescaled = 0 if scale_N is None else int((scale_N != np.float32(calibration.step)).sum())
+        median_D = calibration.median_D
+        return _first_difference(recorded, n, total_D, square_D, norm_sum, max_abs, rescaled, median_D)
+
+    def _shard(self, split: str, path: str, shard: int) -> np.ndarray | None:
+        """All stored rows of a shard with every byte of it checked; None, and a problem, if they are not."""
+        table, array = self.tables.get(f"{split}/{path}"), self.layout[path]
+        if table is None or shard >= len(table.size_bytes):
+            return None
+        key = shard_key(f"{split}/{path}", shard, 1 + len(array["row"]))
+        found = self.listed.get(key)
+        if found is None or found.size_bytes != table.size_bytes[shard]:
+            return None  # noted by `sizes`
+        data = self._read(key)
+        rows = None if data is None else self.attempt(lambda: self._decode(key, data, table, shard, array))
+        self._bar.advance(found.size_bytes)
+        if rows is not None:
+            self._count("objects read whole, crc32c right", 1)
+            self._count("chunks decoded, crc32c right", int((table.chunk_nbytes[shard] > 0).sum()))
+        return rows
+
+    def _decode(self, key: str, data: bytes, table: Any, shard: int, array: Mapping[str, Any]) -> np.ndarray:
+        where = f"{self.store.url}/{key}"
+        n_chunks = array["shard_rows"] // array["chunk_rows"]
+        committed = list(
+            zip(table.chunk_offset[shard].tolist(), table.chunk_nbytes[shard].tolist(), strict=True)
+        )
+        if parse_index(data[-index_size(n_chunks) :], n_chunks, where) != committed:
+            raise CorruptObject(f"{where} has another index than the one that was committed; {_RESTORE}")
+        present = sum(1 for _, nbytes in committed if nbytes)
+        shape = (array["chunk_rows"], *array["row"])
+        rows = decode_shard(data, present * shape[0], shape, array["shard_rows"], array["dtype"], where)
+        if chunk_checksums(data, committed) != table.chunk_crc32c[shard].tolist():
+            raise CorruptObject(f"{where} is intact but not the shard that was committed; {_RESTORE}")
+        return rows
+
+    def _count(self, name: str, n: int) -> None:
+        self.counts[name] = self.counts.get(name, 0) + n
+
+    def _read(self, key: str) -> bytes | None:
+        try:
+            return self.store.read(key)
+        except FileNotFoundError:
+            rewritten = key.endswith("zarr.json") or key.endswith("/offset/c/0")
+            self.problem(key, "is missing", _REWRITE if rewritten else _RESTORE)
+            return None
 
 
-def _check_shard(store: Store, key: str, table: ShardTable, shard: int, array: Mapping[str, Any]) -> int:
-    """Every byte of one shard against its own and the committed checksums; returns its chunks."""
-    data, where = _read(store, key), f"{store.url}/{key}"
-    present = int((table.chunk_nbytes[shard] > 0).sum())
-    shape = (array["chunk_rows"], *array["row"])
-    decode_shard(data, present * shape[0], shape, array["shard_rows"], array["dtype"], where)
-    chunk_table = list(
-        zip(table.chunk_offset[shard].tolist(), table.chunk_nbytes[shard].tolist(), strict=True)
-    )
-    if chunk_checksums(data, chunk_table) != table.chunk_crc32c[shard].tolist():
-        raise CorruptObject(f"{where} is intact but not the shard that was committed; {_REMEDY}")
-    return present
+def _first_difference(
+    recorded: Statistics,
+    n: int,
+    total_D: np.ndarray,
+    square_D: np.ndarray,
+    norm_sum: float,
+    max_abs: float,
+    rescaled: int,
+    median_D: np.ndarray,
+) -> str:
+    """Which recorded statistic lies outside the rounding of its float32 sums, or "".
 
-
-def _implied_offsets(dataset: Dataset) -> dict[str, bytes]:
-    """The offset shards that the calibrations imply, by key."""
-    store, manifest, out = dataset._shared.store, dataset.manifest, {}
-    for path, site, array in offset_arrays(manifest):
-        key = calibration_key(site)
-        calibration = parse_calibration(_read(store, key), key, manifest.sites[site].calibration_sha256)
-        data, _ = encode_shard(calibration.offset_D, array["chunk_rows"], array["shard_rows"], float("nan"))
-        out[shard_key(path, 0, 1)] = data
-    return out
-
-
-def _read(store: Store, key: str) -> bytes:
-    try:
-        return store.read(key)
-    except FileNotFoundError:
-        raise CorruptObject(f"{store.url}/{key} is missing; {_REMEDY}") from None
-
-
-def _check_size(where: str, found: int | None, wanted: int) -> None:
-    if found != wanted:
-        what = "is missing" if found is None else f"holds {found} bytes"
-        raise CorruptObject(f"{where} {what}, wanted {wanted}; {_REMEDY}")
+    The sums given are float64, of deviations from the recorded mean. Those recorded are float32 within
+    pieces of rows, of deviations from the median: a sum of k terms is off by at most k units of their
+    absolute sum (Higham 2002, sec. 4.2), so the mean by k units of the root mean square deviation and a
+    second moment by 3 k units of n times its square.
+    """
+    units = (max(1024, 2**17 // len(total_D)) + 2) * _UNIT
+    spread_D = np.sqrt(square_D / n) + np.abs(median_D - recorded.mean_D)
+    mean_error_D = total_D / n
+    m2_D = square_D - total_D * mean_error_D
+    checks = {
+        "n_rows": recorded.n_rows == n,
+        "mean_D": (np.abs(mean_error_D) <= units * spread_D + 2.0**-50 * np.abs(recorded.mean_D)).all(),
+        "m2_D": (np.abs(recorded.m2_D - m2_D) <= 3 * units * n * spread_D**2).all(),
+        "norm_sum": abs(recorded.norm_sum - norm_sum) <= (len(total_D) + 2) * _UNIT * norm_sum,
+        "max_abs": recorded.max_abs == max_abs,
+        "rows_rescaled": recorded.rows_rescaled == rescaled,
+    }
+    return next((name for name, right in checks.items() if not right), "")

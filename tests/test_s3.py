@@ -4,6 +4,7 @@ import contextlib
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,7 +27,9 @@ def test_create_is_exclusive_on_s3(s3):
     with pytest.raises(Conflict, match="other content"):
         store.create("a/b", b"two")
     assert store.read("a/b") == b"one"
-    assert [o.key for o in store.listing("a")] == ["a/b"]
+    listed = store.listing("a")
+    assert [o.key for o in listed] == ["a/b"]
+    assert abs(listed[0].modified_s - time.time()) < 60
     with pytest.raises(FileNotFoundError):
         store.read("a/absent")
 

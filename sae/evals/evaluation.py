@@ -109,19 +109,13 @@ def _check(s: Any, ds: Any, view: Any, split: str) -> None:
 
 def _load(model: Any, ds: Any, device: torch.device) -> Any:
     """The LM, in the dtype of the harvest; its weights must be those that the dataset came from."""
-    from actcache.capture import load_lm
+    from actcache.capture import check_harvested, load_harvested_lm
 
     if model is None:
         return None
-    harvested = ds.spec.get("model", {})
     if isinstance(model, str):
-        model = load_lm(model, lm_dtype=harvested.get("lm_dtype", "float32"), device=str(device))
-    wanted = harvested.get("revision")
-    if wanted is not None and model.revision != wanted:
-        raise SpecError(
-            f"{ds.url} holds activations of {ds.spec.model} at revision {wanted[:20]}, but {model.model_id} "
-            f"is at {model.revision[:20]}. Give the model that was harvested."
-        )
+        return load_harvested_lm(ds.spec["model"], model, device=str(device))
+    check_harvested(model, ds.spec["model"])
     return model
 
 

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -130,6 +132,49 @@ def test_listing_and_folders(store):
     assert store.folders() == ["a", "b"]
     assert store.folders("b") == ["c"]
     assert store.sub("b").read("c/3") == b"xxxxx"
+    assert [o.key for o in store.listing("")] == ["a/1", "a/2", "ab", "b/c/3"]
+
+
+def test_listing_says_when_each_object_was_written(store):
+    before = time.time()
+    store.create("a/1", b"x")
+    store.create("b/2", b"x")
+    after = time.time()
+    # a file system stamps with its own, coarser clock: up to one tick of the kernel early
+    assert all(before - 0.1 <= o.modified_s <= after for o in store.listing(""))
+
+
+def test_every_file_systems_name_for_the_time_is_read(tmp_path):
+    store = open_store(f"memory://{tmp_path.name}")
+    store.create("k", b"x")
+    when = datetime(2024, 2, 29, 12, tzinfo=UTC)
+    for info in (
+        {"LastModified": when},
+        {"last_modified": when.replace(tzinfo=None)},
+        {"mtime": when.timestamp()},
+        {"updated": "2024-02-29T12:00:00Z"},
+    ):
+        assert store._modified("unused", info) == when.timestamp()
+    path = store._path("k")
+    assert store._modified(path, {}) == store._fs.modified(path).timestamp()
+
+
+def test_leftovers_are_the_temporary_files_alone(tmp_path):
+    store = open_store(str(tmp_path))
+    store.create("a/1", b"x")
+    (tmp_path / "a" / ".actcache-tmp-00").write_bytes(b"torn")
+    assert [(o.key, o.size_bytes) for o in store.leftovers()] == [("a/.actcache-tmp-00", 4)]
+    assert [o.key for o in store.listing("")] == ["a/1"]
+    assert open_store(f"memory://{tmp_path.name}").leftovers() == []
+
+
+def test_a_range_past_the_end_costs_no_memory(tmp_path):
+    store = open_store(str(tmp_path))
+    store.create("k", b"0123")
+    tracemalloc.start()
+    assert store.read("k", 1, 2**62) == b"123"
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
 
 
 def test_swap_replaces_only_what_is_expected(store):
