@@ -5,7 +5,6 @@ format (docs/format.md, "Precision") and is tested, not assumed.
 Shapes: N rows, D = d_in.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ _MAX_CODE = 127  # symmetric: -128 stays unused, so quantise(-x) == -quantise(x)
 _MARGIN = 0.95  # without it "noise <= fvu" is a coin flip; it costs 0.04 bit
 _LIMIT = _MAX_CODE + 0.49
 _PIECE_VALUES = 2**17
+_SAFE_PEAK = 1e15  # squares of what is smaller, and their sums, stay float32 numbers
 _TINY_STEP = 2.0**-100  # a constant site still gets a positive step
 
 
@@ -236,9 +236,11 @@ def decode(
 
 
 def squared_distance(acts_ND: np.ndarray, centre_D: np.ndarray) -> np.ndarray:
-    """float32 [N]: squared distance of each row to `centre_D`."""
+    """float64 [N]: squared distance of each row to `centre_D`, by float32 sums where these hold it."""
+    if acts_ND.size and not max(acts_ND.max(), -acts_ND.min()) < _SAFE_PEAK:
+        acts_ND = acts_ND.astype(np.float64)
     diff_ND = acts_ND - centre_D
-    return np.einsum("nd,nd->n", diff_ND, diff_ND)
+    return np.einsum("nd,nd->n", diff_ND, diff_ND).astype(np.float64)
 
 
 def check_finite(acts_ND: np.ndarray, what: str) -> None:
@@ -251,145 +253,6 @@ def check_finite(acts_ND: np.ndarray, what: str) -> None:
             f"{what} {row} holds {acts_ND[row, channel]} at channel {channel}; wanted finite values. "
             "Run the LM in float32 or bfloat16 (fp16 overflows at 65504), or check its weights"
         )
-
-
-@dataclass(frozen=True, eq=False)
-class Statistics:
-    """Exact, mergeable statistics of stored rows and of what storing cost them.
-
-    Means and second moments merge by Chan, Golub and LeVeque 1979. The moments are those of the
-    *stored* values, so anybody can recompute them from the shards; the `sse` fields compare them
-    with the LM's output.
-    """
-
-    n_rows: int
-    mean_D: np.ndarray
-    m2_D: np.ndarray
-    """float64 [D]: sum of squared deviations from the mean, per channel."""
-    norm_sum: float
-    max_abs: float
-    n_core: int
-    core_mean_D: np.ndarray
-    core_m2_D: np.ndarray
-    sse: float
-    """Squared error of the stored rows against the LM's, summed over rows and channels."""
-    core_sse: float
-    max_error: float
-    rows_rescaled: int
-    """Rows too large for the common step (they took a power-of-two multiple of it)."""
-
-    @classmethod
-    def of(
-        cls, acts_ND: np.ndarray, stored_ND: np.ndarray, scale_N: np.ndarray | None, calibration: Calibration
-    ) -> "Statistics":
-        """Statistics of rows `stored_ND` that stand for the LM's rows `acts_ND` (both float32 [N, D])."""
-        n_rows, d_in = acts_ND.shape
-        sums, core_sums = _Sums(d_in), _Sums(d_in)
-        norm_sum = sse = core_sse = 0.0
-        max_abs = max_error = 0.0
-        rows = _piece_rows(acts_ND)
-        for i in range(0, n_rows, rows):
-            x_ND, y_ND = acts_ND[i : i + rows], stored_ND[i : i + rows]
-            core_N = squared_distance(x_ND, calibration.median_D) <= calibration.radius2
-            shifted_ND = y_ND - calibration.median_D
-            sums.add(shifted_ND)
-            core_sums.add(shifted_ND if core_N.all() else shifted_ND[core_N])
-            error_ND = y_ND - x_ND
-            sse_N = np.einsum("nd,nd->n", error_ND, error_ND)
-            sse += float(sse_N.sum(dtype=np.float64))
-            core_sse += float(sse_N[core_N].sum(dtype=np.float64))
-            norm_sum += float(np.sqrt(np.einsum("nd,nd->n", y_ND, y_ND)).sum(dtype=np.float64))
-            max_abs = max(max_abs, float(y_ND.max()), -float(y_ND.min()))
-            max_error = max(max_error, float(error_ND.max()), -float(error_ND.min()))
-        mean_D, m2_D = sums.moments(calibration.median_D)
-        core_mean_D, core_m2_D = core_sums.moments(calibration.median_D)
-        return cls(
-            n_rows=n_rows,
-            mean_D=mean_D,
-            m2_D=m2_D,
-            norm_sum=norm_sum,
-            max_abs=max_abs,
-            n_core=core_sums.n_rows,
-            core_mean_D=core_mean_D,
-            core_m2_D=core_m2_D,
-            sse=sse,
-            core_sse=core_sse,
-            max_error=max_error,
-            rows_rescaled=0 if scale_N is None else int((scale_N != np.float32(calibration.step)).sum()),
-        )
-
-    def summary(self) -> dict[str, Any]:
-        """What `ds.stats(site)` gives: arrays float64 [D], the rest plain numbers."""
-        n = max(self.n_rows, 1)
-        core_total, total = float(self.core_m2_D.sum()), float(self.m2_D.sum())
-        return {
-            "n_rows": self.n_rows,
-            "mean": self.mean_D,
-            "variance": self.m2_D / n,
-            "mean_norm": self.norm_sum / n,
-            "max_abs": self.max_abs,
-            "n_core": self.n_core,
-            "fvu_core": self.core_sse / core_total if core_total else 0.0,
-            "fvu_all": self.sse / total if total else 0.0,
-            "max_error": self.max_error,
-            "rows_rescaled": self.rows_rescaled,
-        }
-
-
-def merge(parts: Sequence[Statistics]) -> Statistics:
-    """The statistics of all the parts' rows together; the order of parts changes only rounding."""
-    mean_D, m2_D = _merge_moments([(p.n_rows, p.mean_D, p.m2_D) for p in parts])
-    core_mean_D, core_m2_D = _merge_moments([(p.n_core, p.core_mean_D, p.core_m2_D) for p in parts])
-    return Statistics(
-        n_rows=sum(p.n_rows for p in parts),
-        mean_D=mean_D,
-        m2_D=m2_D,
-        norm_sum=sum(p.norm_sum for p in parts),
-        max_abs=max(p.max_abs for p in parts),
-        n_core=sum(p.n_core for p in parts),
-        core_mean_D=core_mean_D,
-        core_m2_D=core_m2_D,
-        sse=sum(p.sse for p in parts),
-        core_sse=sum(p.core_sse for p in parts),
-        max_error=max(p.max_error for p in parts),
-        rows_rescaled=sum(p.rows_rescaled for p in parts),
-    )
-
-
-class _Sums:
-    """Sums and sums of squares per channel, of rows shifted by a fixed centre to avoid cancellation.
-
-    float32 within a piece of rows, float64 across: variances were within 3e-6 of float64 ones, relative,
-    at 3.6 times their speed (65,536 rows, d 192).
-    """
-
-    def __init__(self, d_in: int) -> None:
-        self.n_rows, self.total_D, self.square_D = 0, np.zeros(d_in), np.zeros(d_in)
-
-    def add(self, shifted_ND: np.ndarray) -> None:
-        self.n_rows += len(shifted_ND)
-        self.total_D += shifted_ND.sum(axis=0)
-        self.square_D += np.einsum("nd,nd->d", shifted_ND, shifted_ND)
-
-    def moments(self, centre_D: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean, and sum of squared deviations from it, of the rows before the shift; float64 [D]."""
-        if not self.n_rows:
-            return np.zeros_like(self.total_D), np.zeros_like(self.total_D)
-        mean_D = self.total_D / self.n_rows
-        return centre_D + mean_D, np.maximum(self.square_D - self.total_D * mean_D, 0.0)
-
-
-def _merge_moments(parts: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    n, mean_D, m2_D = 0, np.zeros_like(parts[0][1]), np.zeros_like(parts[0][2])
-    for n_b, mean_b, m2_b in parts:
-        if not n_b:
-            continue
-        delta_D = mean_b - mean_D
-        total = n + n_b
-        m2_D = m2_D + m2_b + delta_D**2 * (n * n_b / total)
-        mean_D = mean_D + delta_D * (n_b / total)
-        n = total
-    return mean_D, m2_D
 
 
 def _to_bf16_bits(acts_ND: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .codec import Calibration, Precision, Statistics, calibrate, decode, encode, merge
+from .codec import Calibration, Precision, calibrate, decode, encode
 from .commit import create_exact_shard, create_shard
 from .corpus import TokenStore, kept_tokens, open_tokens
 from .errors import Conflict, NonFiniteActivation
@@ -22,6 +22,7 @@ from .layout import array_layout, calibration_json, calibration_key, parse_calib
 from .manifest import BlockRecord, ObjectRecord
 from .order import permutation
 from .shard import Chunks, chunk_checksums
+from .statistics import Statistics, merge
 from .store import Store, open_store
 
 CALIBRATION_SEQUENCES = 256

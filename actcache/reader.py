@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .codec import Precision, decode, merge
+from .codec import Precision, decode
 from .corpus import kept_tokens
 from .errors import CorruptObject, SpecError
 from .layout import array_layout, calibration_key, n_shards, parse_calibration, site_rows
@@ -29,6 +29,7 @@ from .manifest import (
 from .order import DEFAULT_LANES
 from .shard import decode_chunk, shard_key
 from .spec import nearest
+from .statistics import merge
 from .store import Store, open_store
 from .stream import Rows, Stream
 
@@ -202,9 +203,9 @@ class Dataset:
     def stats(self, site: str) -> dict[str, Any]:
         """Statistics of a site's rows in this split; docs/format.md, "Statistics".
 
-        "mean" and "variance" are float64 [D], the rest numbers: mean_norm, max_abs, n_rows, n_core,
-        fvu_core and fvu_all (noise of storing over variance), max_error, rows_rescaled, stored_bytes,
-        bits_per_value.
+        "mean" and "variance" are float64 [D], "norm_percentiles" maps percent to norm, the rest are
+        numbers: mean_norm, max_abs, n_rows, n_core, fvu_core and fvu_all (noise of storing over
+        variance), max_error, rows_rescaled, stored_bytes, bits_per_value.
         """
         n_blocks = self.manifest.sites[self._checked(site)].n_blocks.get(self.split_name, 0)
         parts = statistics_of(self._shared.statistics, self.split_name, site, n_blocks)

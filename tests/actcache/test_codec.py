@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actcache.codec import Precision, Statistics, calibrate, decode, encode, merge, quantise
+from actcache.codec import Precision, calibrate, decode, encode, quantise
 from actcache.errors import NonFiniteActivation, SpecError
+from actcache.statistics import Statistics
 
 FVU = Precision.parse("fvu:1e-3")
 
@@ -137,24 +138,3 @@ def test_one_huge_channel_keeps_the_stated_noise():
 def test_unknown_precisions_are_refused(text):
     with pytest.raises(SpecError, match="precision is"):
         Precision.parse(text)
-
-
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(0, 100))
-@settings(max_examples=40, deadline=None)
-def test_statistics_merge_exactly_however_the_rows_are_cut(cuts, seed):
-    acts, _ = rows_of(sum(cuts), 5, seed)
-    calibration = calibrate(acts, FVU)
-    codes, scale = encode(acts, calibration, FVU)
-    stored = decode(codes, scale, calibration.offset_D, FVU)
-    parts, at = [], 0
-    for n in cuts:
-        part = slice(at, at + n)
-        parts.append(Statistics.of(acts[part], stored[part], scale[part], calibration))
-        at += n
-    summary = merge(parts).summary()
-    exact = stored.astype(np.float64)
-    assert np.allclose(summary["mean"], exact.mean(0), rtol=1e-6, atol=1e-6)
-    assert np.allclose(summary["variance"], exact.var(0), rtol=1e-5, atol=1e-6)
-    assert summary["mean_norm"] == pytest.approx(np.linalg.norm(exact, axis=1).mean(), rel=1e-6)
-    assert summary["max_abs"] == np.abs(stored).max()
-    assert summary["n_rows"] == len(acts)

@@ -314,17 +314,22 @@ def test_recorded_statistics_are_those_of_the_stored_values(directory):
         for row in pq.read_table(directory / segment["statistics"]).to_pylist():
             acts_ND = read_all(directory, row["split"], row["site"])
             acts_ND = acts_ND[row["block"] * block_rows :][:block_rows].astype(np.float64)
-            # sums of at most 1024 float32 numbers: each of 1024 additions rounds by 2^-24
-            rounding = 1024 * 2.0**-24
-            spread = np.abs(acts_ND).max()
+            spread_D = np.abs(acts_ND).max(axis=0)
             mean_D, m2_D = (np.frombuffer(row[k], "<f8") for k in ("mean_D", "m2_D"))
             assert row["n_rows"] == len(acts_ND)
-            assert np.abs(mean_D - acts_ND.mean(axis=0)).max() <= rounding * 2 * spread
+            assert (np.abs(mean_D - acts_ND.mean(axis=0)) <= 1e-6 * spread_D).all()
             exact_D = ((acts_ND - acts_ND.mean(axis=0)) ** 2).sum(axis=0)
-            assert np.abs(m2_D - exact_D).max() <= rounding * len(acts_ND) * (2 * spread) ** 2
-            assert row["max_abs"] == spread
+            assert (np.abs(m2_D - exact_D) <= 1e-6 * exact_D).all()
+            assert row["max_abs"] == spread_D.max()
             norms_N = np.linalg.norm(acts_ND, axis=1)
             assert row["norm_sum"] == pytest.approx(norms_N.sum(), rel=acts_ND.shape[1] * 2.0**-24)
+            bins_K, counts_K = (np.frombuffer(row[k], "<i8") for k in ("norm_bins_K", "norm_counts_K"))
+            bins_N = np.sort(np.floor(32 * np.log2(norms_N)))
+            assert (np.abs(np.repeat(bins_K, counts_K) - bins_N) <= 1).all()
+            assert (np.repeat(bins_K, counts_K) == bins_N).mean() > 0.99  # not at an edge
+            middle = 2 ** ((bins_K[np.searchsorted(np.cumsum(counts_K), len(norms_N) / 2)] + 0.5) / 32)
+            median = np.percentile(norms_N, 50, method="inverted_cdf")
+            assert middle == pytest.approx(median, rel=0.0111)
 
 
 def test_core_rows_keep_the_stated_noise_by_the_formulas_of_the_page(directory):
@@ -427,7 +432,7 @@ def test_segments_have_the_columns_of_the_page(directory):
         written = {row[0].strip("`"): row[1] for row in tables("Segments")[f"column of {kind}"][1:]}
         found = {f.name: re.sub(r"list<\w+: (\w+)>", r"list<\1>", str(f.type)) for f in schema}
         if kind == "statistics":
-            types = {"integer": "int64", "float": "double", "float64 [D]": "binary"}
+            types = {"integer": "int64", "float": "double", "float64 [D]": "binary", "int64 [K]": "binary"}
             rows = tables("Statistics")["field"][1:]
             written |= {row[0].strip("`"): types[row[1]] for row in rows}
         assert list(found.items()) == list(written.items())
