@@ -23,10 +23,10 @@ def create_shard(
     removed and written again.
 
     Args:
-        array: an entry of `layout.array_layout` (chunk_rows, shard_rows, fill).
+        array: an entry of `layout.array_layout` (chunk_rows, shard_rows, fill, by_column).
     """
     fill = np.nan if array["fill"] == "NaN" else array["fill"]
-    data, chunks = encode_shard(values, array["chunk_rows"], array["shard_rows"], fill)
+    data, chunks = encode_shard(values, array["chunk_rows"], array["shard_rows"], fill, array["by_column"])
     key = shard_key(path, shard, values.ndim)
     try:
         store.create(key, data)
@@ -62,6 +62,8 @@ def _adopt(
     data = store.read(key)
     chunk_shape = (array["chunk_rows"], *values.shape[1:])
     where = f"{store.url}/{key}"
-    stored = decode_shard(data, len(values), chunk_shape, array["shard_rows"], values.dtype, where)
+    stored = decode_shard(
+        data, len(values), chunk_shape, array["shard_rows"], values.dtype, where, array["by_column"]
+    )
     n_chunks = array["shard_rows"] // array["chunk_rows"]
     return data, parse_index(data[-index_size(n_chunks) :], n_chunks, where), stored

@@ -24,7 +24,7 @@ from .corpus import ResolvedCorpus, TokenStore, resolve_corpus, tokenise, tokens
 from .engines import Engine, LocalEngine, RayEngine, Unit
 from .errors import ActcacheError, Conflict, HarvestError, SpecError
 from .harvester import Job
-from .layout import calibration_key, offset_arrays, parse_calibration, zarr_metadata
+from .layout import calibration_key, derived_arrays, derived_key, read_calibration, zarr_metadata
 from .manifest import (
     SPLITS,
     BlockRecord,
@@ -412,16 +412,17 @@ def _commit(
 
 
 def _write_metadata(store: Store) -> None:
-    """Bring offsets and `zarr.json` to the newest manifest; the root's `zarr.json` comes last.
+    """Bring offsets, rotations and `zarr.json` to the newest manifest; the root's `zarr.json` comes last.
 
     Whoever commits a version checks afterwards that none came meanwhile, so the last word is that of
     the newest version and no shape stays shrunk.
     """
     while True:
         manifest = read_manifest(store)
-        for path, site, array in offset_arrays(manifest):
-            calibration = parse_calibration(store.read(calibration_key(site)), site)
-            create_exact_shard(store, path, 0, calibration.offset_D, array)
+        for path, site, field, array in derived_arrays(manifest):
+            if not store.exists(derived_key(path, array)):  # a rotation of d 4096 is 64 MiB
+                values = getattr(read_calibration(store, site), field)
+                create_exact_shard(store, path, 0, values, array)
         for key, data in zarr_metadata(manifest).items():
             store.replace(key, data)
         if latest_version(store) == manifest.version:

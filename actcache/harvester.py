@@ -18,7 +18,7 @@ from .codec import Calibration, Precision, calibrate, decode, encode
 from .commit import create_exact_shard, create_shard
 from .corpus import TokenStore, kept_tokens, open_tokens
 from .errors import Conflict, NonFiniteActivation
-from .layout import array_layout, calibration_json, calibration_key, parse_calibration, sequences_per_shard
+from .layout import array_layout, calibration_key, create_calibration, read_calibration, sequences_per_shard
 from .manifest import BlockRecord, ObjectRecord
 from .order import permutation
 from .shard import Chunks, chunk_checksums
@@ -135,7 +135,7 @@ class Harvester:
             except NonFiniteActivation as err:
                 raise NonFiniteActivation(f"{site}: {err}") from None
             try:
-                self.store.create(calibration_key(site), calibration_json(calibration, site))
+                create_calibration(self.store, calibration, site)
             except Conflict:
                 continue  # another harvester was first with another kernel: its calibration holds for all
 
@@ -166,7 +166,7 @@ class Harvester:
                     codes[site][place_N] = codes_ND
                     if scale_N is not None:
                         scales[site][place_N] = scale_N
-                    stored_ND = decode(codes_ND, scale_N, calibration.offset_D, self.precision)
+                    stored_ND = self._decode(codes_ND, scale_N, calibration)
                     if count:
                         parts[site].append(Statistics.of(rows_ND, stored_ND, scale_N, calibration))
                 done += count
@@ -201,7 +201,7 @@ class Harvester:
             def stored(acts_BTD: torch.Tensor, kept_BT: torch.Tensor = kept_BT) -> torch.Tensor:
                 rows_ND = acts_BTD[kept_BT].float().cpu().numpy()
                 codes_ND, scale_N = encode(rows_ND, calibration, self.precision)
-                decoded_ND = decode(codes_ND, scale_N, calibration.offset_D, self.precision)
+                decoded_ND = self._decode(codes_ND, scale_N, calibration)
                 out_BTD = acts_BTD.clone()
                 out_BTD[kept_BT] = torch.from_numpy(decoded_ND).to(acts_BTD)
                 return out_BTD
@@ -219,11 +219,16 @@ class Harvester:
             "n_tokens": float(totals[2]),
         }
 
+    def _decode(
+        self, codes_ND: np.ndarray, scale_N: np.ndarray | None, calibration: Calibration
+    ) -> np.ndarray:
+        """The rows that readers will see."""
+        return decode(codes_ND, scale_N, calibration.offset_D, self.precision, calibration.rotation_DD)
+
     def calibration(self, site: str) -> Calibration:
         """The committed calibration of a site."""
         if site not in self._calibrations:
-            key = calibration_key(site)
-            self._calibrations[site] = parse_calibration(self.store.read(key), f"{self.store.url}/{key}")
+            self._calibrations[site] = read_calibration(self.store, site)
         return self._calibrations[site]
 
     def _forward(
@@ -310,7 +315,7 @@ class Harvester:
     ) -> Statistics:
         """Statistics of adopted codes; the error against the LM's output is this run's."""
         calibration = self.calibration(site)
-        stored_ND = decode(codes_ND, scale_N, calibration.offset_D, self.precision)
+        stored_ND = self._decode(codes_ND, scale_N, calibration)
         scale = scale_N if self.precision.quantised else None
         theirs = Statistics.of(stored_ND, stored_ND, scale, calibration)
         return replace(theirs, sse=ours.sse, core_sse=ours.core_sse, max_error=ours.max_error)

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .codec import Precision, decode
+from .codec import Calibration, Precision, decode
 from .corpus import kept_tokens
 from .errors import CorruptObject, SpecError
-from .layout import array_layout, calibration_key, n_shards, parse_calibration, site_rows
+from .layout import array_layout, n_shards, read_calibration, site_rows
 from .manifest import (
     Manifest,
     ShardTable,
@@ -111,7 +111,7 @@ class _Shared:
     def __init__(self, store: Store, manifest: Manifest) -> None:
         self.store, self.manifest = store, manifest
         self.precision = Precision.parse(manifest.identity["precision"])
-        self.offset = lru_cache(maxsize=None)(self._offset)
+        self.calibration = lru_cache(maxsize=None)(self._calibration)
 
     @cached_property
     def objects(self) -> pa.Table:
@@ -125,16 +125,21 @@ class _Shared:
             read_segment_table(self.store, s.statistics, s.statistics_sha256) for s in self.manifest.segments
         )
 
-    def _offset(self, site: str) -> np.ndarray | None:
+    def _calibration(self, site: str) -> Calibration:
+        return read_calibration(self.store, site, self.manifest.sites[site].calibration_sha256)
+
+    def decode(
+        self,
+        site: str,
+        codes_ND: np.ndarray,
+        scale_N: np.ndarray | None,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """float32 rows of a site, in `out` if given."""
         if not self.precision.quantised:
-            return None
-        key = calibration_key(site)
-        try:
-            data = self.store.read(key)
-        except FileNotFoundError:
-            raise CorruptObject(f"{self.store.url}/{key} is missing although it was committed") from None
-        sha256 = self.manifest.sites[site].calibration_sha256
-        return parse_calibration(data, f"{self.store.url}/{key}", sha256).offset_D
+            return decode(codes_ND, None, None, self.precision, out=out)
+        c = self.calibration(site)
+        return decode(codes_ND, scale_N, c.offset_D, self.precision, c.rotation_DD, out)
 
 
 class Dataset:
@@ -232,7 +237,7 @@ class Dataset:
         rows = self._row_index(index, self._site_rows(site))
         codes_ND = self._gather(f"{site}/codes", rows)
         scale_N = self._gather(f"{site}/scale", rows) if self._shared.precision.quantised else None
-        return decode(codes_ND, scale_N, self._shared.offset(site), self._shared.precision)
+        return self._shared.decode(site, codes_ND, scale_N)
 
     def rows(self, index: Index) -> Rows:
         """Which token each row is."""
@@ -360,6 +365,6 @@ class Dataset:
                 f"{where} holds {start + len(payload)} bytes, wanted {start + size} or more; it is truncated"
             )
         checksum = int(table.chunk_crc32c[shard, inner])
-        out = decode_chunk(payload, shape, array["dtype"], where, checksum)
+        out = decode_chunk(payload, shape, array["dtype"], where, checksum, array["by_column"])
         out.flags.writeable = False
         return out

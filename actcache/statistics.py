@@ -172,12 +172,14 @@ class _Sums:
         self.n_rows += len(counted)
         shifted_ND = self.centre.subtract(rows_ND, buffer_ND)
         weight_N = counted_N.astype(shifted_ND.dtype)
-        for sums_D in (self.total_D, self.square_D):
-            for part, sub_rows in _sub_blocks(len(rows_ND)):
-                rows_SND = shifted_ND[part].reshape(-1, sub_rows, len(sums_D))
-                ones_S1N = weight_N[part].reshape(-1, 1, sub_rows)
-                sums_D += np.matmul(ones_S1N, rows_SND)[:, 0].sum(axis=0, dtype=np.float64)
-            np.square(shifted_ND, out=shifted_ND)
+        self._add_up(self.total_D, shifted_ND, weight_N)
+        self._add_up(self.square_D, np.square(shifted_ND, out=shifted_ND), weight_N)
+
+    def _add_up(self, sums_D: np.ndarray, rows_ND: np.ndarray, weight_N: np.ndarray) -> None:
+        for part, sub_rows in _sub_blocks(len(rows_ND)):
+            rows_SND = rows_ND[part].reshape(-1, sub_rows, len(sums_D))
+            weight_S1N = weight_N[part].reshape(-1, 1, sub_rows)
+            sums_D += np.matmul(weight_S1N, rows_SND)[:, 0].sum(axis=0, dtype=np.float64)
 
     def moments(self) -> tuple[int, np.ndarray, np.ndarray]:
         """Rows, their mean, and sum of squared deviations from it; float64 [D]."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .errors import CorruptObject
-from .layout import array_layout, calibration_key, offset_arrays, parse_calibration, zarr_metadata
+from .layout import array_layout, derived_arrays, derived_key, read_calibration, zarr_metadata
 from .manifest import ShardTable
 from .progress import Progress
 from .reader import Dataset
@@ -43,7 +43,7 @@ def verify(dataset: Dataset, *, deep: bool = False, progress: bool = True) -> di
                 named.add(key)
                 stored += int(size)
                 bar.advance()
-    implied = zarr_metadata(manifest) | _implied_offsets(dataset)
+    implied = zarr_metadata(manifest) | _implied_shards(dataset)
     for key, data in implied.items():
         if _read(store, key) != data:
             raise CorruptObject(f"{store.url}/{key} is not what the manifest implies; {_REMEDY}")
@@ -51,7 +51,7 @@ def verify(dataset: Dataset, *, deep: bool = False, progress: bool = True) -> di
         "manifest version": manifest.version,
         "objects of the committed size": total,
         "bytes": stored,
-        "zarr.json and offsets as the manifest implies": len(implied),
+        "zarr.json, offsets and rotations as the manifest implies": len(implied),
         "unreferenced objects": len(sizes.keys() - named - implied.keys()),
     }
     if deep:
@@ -67,7 +67,9 @@ def _check_shard(store: Store, key: str, table: ShardTable, shard: int, array: M
     data, where = _read(store, key), f"{store.url}/{key}"
     present = int((table.chunk_nbytes[shard] > 0).sum())
     shape = (array["chunk_rows"], *array["row"])
-    decode_shard(data, present * shape[0], shape, array["shard_rows"], array["dtype"], where)
+    decode_shard(
+        data, present * shape[0], shape, array["shard_rows"], array["dtype"], where, array["by_column"]
+    )
     chunk_table = list(
         zip(table.chunk_offset[shard].tolist(), table.chunk_nbytes[shard].tolist(), strict=True)
     )
@@ -76,14 +78,16 @@ def _check_shard(store: Store, key: str, table: ShardTable, shard: int, array: M
     return present
 
 
-def _implied_offsets(dataset: Dataset) -> dict[str, bytes]:
-    """The offset shards that the calibrations imply, by key."""
+def _implied_shards(dataset: Dataset) -> dict[str, bytes]:
+    """The offset and rotation shards that the calibrations imply, by key."""
     store, manifest, out = dataset._shared.store, dataset.manifest, {}
-    for path, site, array in offset_arrays(manifest):
-        key = calibration_key(site)
-        calibration = parse_calibration(_read(store, key), key, manifest.sites[site].calibration_sha256)
-        data, _ = encode_shard(calibration.offset_D, array["chunk_rows"], array["shard_rows"], float("nan"))
-        out[shard_key(path, 0, 1)] = data
+    calibrations = {
+        site: read_calibration(store, site, e.calibration_sha256) for site, e in manifest.sites.items()
+    }
+    for path, site, field, array in derived_arrays(manifest):
+        values = getattr(calibrations[site], field)
+        data, _ = encode_shard(values, array["chunk_rows"], array["shard_rows"], float("nan"))
+        out[derived_key(path, array)] = data
     return out
 
 
