@@ -79,7 +79,8 @@ def cli() -> None:
     "--precision",
     default="fvu:1e-3",
     show_default=True,
-    help="fvu:<x> (int8; noise is at most the fraction x of the variance), bf16, fp16 or fp32.",
+    help="fvu:<x> (int8; noise is at most the fraction x of the variance), rotated:<x> (the same noise on "
+    "principal components; fewer bits, slower), bf16, fp16 or fp32.",
 )
 @click.option(
     "--block-rows", type=int, metavar="N", help="Rows in a block, the unit of work. Default: 131072."

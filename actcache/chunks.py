@@ -84,19 +84,21 @@ class ChunkReader:
         checksum_C = table.chunk_crc32c[shard, here].tolist()
         key = shard_key(table.path, shard, len(shape))
         where = f"{self.store.url}/{key}"
-        data = memoryview(self._read(key, start_C[0], stop_C[-1]))
+        data = self._read(key, start_C[0], stop_C[-1])
         chunks = []
         for start, stop, checksum in zip(start_C, stop_C, checksum_C, strict=True):
             payload = data[start - start_C[0] : stop - start_C[0]]
             try:
-                chunks.append(decode_chunk(payload, shape, array["dtype"], where, checksum))
+                chunks.append(
+                    decode_chunk(payload, shape, array["dtype"], where, checksum, array["by_column"])
+                )
             except CorruptObject:  # once more, in case it was the transfer
                 again = self._read(key, start, stop)
                 if len(again) != stop - start:
                     raise CorruptObject(
                         f"{where} holds {start + len(again)} bytes, wanted {stop} or more; it is truncated"
                     ) from None
-                chunks.append(decode_chunk(again, shape, array["dtype"], where, checksum))
+                chunks.append(decode_chunk(again, shape, array["dtype"], where, checksum, array["by_column"]))
         return chunks
 
     def _read(self, key: str, start: int, stop: int) -> bytes:

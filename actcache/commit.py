@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .codec import Calibration, Statistics
+from .codec import Calibration
 from .errors import Conflict, CorruptObject
 from .layout import array_layout, sequences_per_shard
 from .manifest import BlockRecord, ObjectRecord
 from .shard import Chunks, chunk_checksums, decode_shard, encode_shard, index_size, parse_index, shard_key
+from .statistics import Statistics
 from .store import Store
 
 if TYPE_CHECKING:
@@ -48,10 +49,10 @@ def create_shard(store: Store, path: str, shard: int, values: np.ndarray, array:
     replaced, unless it has changed since it was read.
 
     Args:
-        array: an entry of `layout.array_layout` (chunk_rows, shard_rows, fill).
+        array: an entry of `layout.array_layout` (chunk_rows, shard_rows, fill, by_column).
     """
     fill = np.nan if array["fill"] == "NaN" else array["fill"]
-    data, chunks = encode_shard(values, array["chunk_rows"], array["shard_rows"], fill)
+    data, chunks = encode_shard(values, array["chunk_rows"], array["shard_rows"], fill, array["by_column"])
     key = shard_key(path, shard, values.ndim)
     try:
         created = store.create(key, data)
@@ -87,7 +88,9 @@ def create_exact_shard(
 def _adopt(store: Store, key: str, data: bytes, values: np.ndarray, array: Mapping[str, Any]) -> Shard:
     where = f"{store.url}/{key}"
     chunk_shape = (array["chunk_rows"], *values.shape[1:])
-    stored = decode_shard(data, len(values), chunk_shape, array["shard_rows"], values.dtype, where)
+    stored = decode_shard(
+        data, len(values), chunk_shape, array["shard_rows"], values.dtype, where, array["by_column"]
+    )
     n_chunks = array["shard_rows"] // array["chunk_rows"]
     chunks = parse_index(data[-index_size(n_chunks) :], n_chunks, where)
     return Shard(key, data, chunks, stored, ours=False)

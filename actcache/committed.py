@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from .codec import Statistics, merge
 from .layout import calibration_key, n_shards
 from .manifest import (
     SPLITS,
@@ -33,6 +32,7 @@ from .manifest import (
 )
 from .segments import compact, object_sizes, statistics_at
 from .spec import digest
+from .statistics import Statistics, merge
 from .store import Store
 
 log = logging.getLogger(__name__)

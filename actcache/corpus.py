@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 _SHARD_SEQUENCES = 4096
 _CHUNK_SEQUENCES = 256
-_ARRAY = {"chunk_rows": _CHUNK_SEQUENCES, "shard_rows": _SHARD_SEQUENCES, "fill": 0}
+_ARRAY = {"chunk_rows": _CHUNK_SEQUENCES, "shard_rows": _SHARD_SEQUENCES, "fill": 0, "by_column": False}
 _BATCH_DOCUMENTS = 64
 _JSONL = (".jsonl", ".jsonl.gz", ".ndjson")
 

@@ -22,7 +22,7 @@ from .corpus import ResolvedCorpus, TokenStore, resolve_corpus, tokenise, tokens
 from .engines import Engine, LocalEngine, RayEngine, Unit
 from .errors import ActcacheError, Conflict, HarvestError, SpecError
 from .harvester import Job
-from .layout import calibration_key, offset_arrays, parse_calibration, zarr_metadata
+from .layout import derived_arrays, derived_key, read_calibration, zarr_metadata
 from .manifest import (
     SPLITS,
     BlockRecord,
@@ -232,7 +232,7 @@ def _run(
     begun = time.monotonic()
     rows_done = 0
     last_compact = time.monotonic()
-    offsets: set[str] = set()
+    derived: set[str] = set()
     block_rows = state.identity["block_rows"]
     total = sum(min(block_rows, tokens.n_rows(split) - block * block_rows) for split, block, _ in missing)
     with Progress("harvest", total, "rows", show=progress) as bar:
@@ -248,7 +248,7 @@ def _run(
             now = time.monotonic()
             if now - last_compact > _COMPACT_EVERY_S or len(state.loose) >= _COMPACT_EVERY_BLOCKS:
                 state.commit({}, {})
-                _write_metadata(state.store, offsets)
+                _write_metadata(state.store, derived)
                 last_compact = now
     elapsed = time.monotonic() - begun
     provenance = _provenance(job, workers) | {
@@ -259,7 +259,7 @@ def _run(
         "startup_s": round(begun - start, 3),
     }
     state.commit({} if failed else pool.fidelity(state.unmeasured()), provenance)
-    _write_metadata(state.store, offsets)
+    _write_metadata(state.store, derived)
     if failed:
         names = ", ".join(f"{u[0]} block {u[1]}" for u, _ in failed[:5])
         more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
@@ -287,10 +287,10 @@ def _with_attempts(pool: "Engine", units: Iterable[Unit]) -> Iterator[tuple[Unit
             yield unit, result
 
 
-def _write_metadata(store: Store, offsets: set[str]) -> None:
-    """Bring offsets and `zarr.json` to the newest manifest; the root's `zarr.json` comes last.
+def _write_metadata(store: Store, derived: set[str]) -> None:
+    """Bring offsets, rotations and `zarr.json` to the newest manifest; the root's `zarr.json` comes last.
 
-    `offsets` has the offset arrays known to be there.
+    `derived` has the offset and rotation arrays known to be there.
 
     No shape ever shrinks, however late a driver's write comes: what it replaces was read before it saw
     that its version is the newest, so it is of that version or an older one. Whoever commits a version
@@ -298,11 +298,11 @@ def _write_metadata(store: Store, offsets: set[str]) -> None:
     """
     while True:
         manifest = read_manifest(store)
-        for path, site, array in offset_arrays(manifest):
-            if path not in offsets:
-                calibration = parse_calibration(store.read(calibration_key(site)), site)
-                create_exact_shard(store, path, 0, calibration.offset_D, array)
-                offsets.add(path)
+        for path, site, field, array in derived_arrays(manifest):
+            if path not in derived and not store.exists(derived_key(path, array)):
+                values = getattr(read_calibration(store, site), field)
+                create_exact_shard(store, path, 0, values, array)
+            derived.add(path)  # a rotation of d 4096 is 64 MiB
         wanted = zarr_metadata(manifest)
         found = {key: _read_if_there(store, key) for key in wanted}
         if latest_version(store) != manifest.version:

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from .codec import Calibration, Precision, Statistics, calibrate, decode, encode, merge
+from .codec import Calibration, Precision, calibrate, decode, encode
 from .commit import OTHER_ROOT, BlockCommit, check_adopted
 from .corpus import TokenStore, kept_tokens, open_tokens
 from .errors import Conflict, NonFiniteActivation
-from .layout import calibration_json, calibration_key, parse_calibration
+from .layout import calibration_key, create_calibration, read_calibration
 from .order import permutation
+from .statistics import Statistics, merge
 from .store import Store, open_store
 
 CALIBRATION_SEQUENCES = 256
@@ -132,7 +133,7 @@ class Harvester:
             except NonFiniteActivation as err:
                 raise NonFiniteActivation(f"{site}: {err}") from None
             try:
-                self.store.create(calibration_key(site), calibration_json(calibration, site))
+                create_calibration(self.store, calibration, site)
             except Conflict:
                 continue  # another harvester was first with another kernel: its calibration holds for all
 
@@ -192,7 +193,7 @@ class Harvester:
                     if scale_N is not None:
                         scales[site][place_N] = scale_N
                     if len(place_N):
-                        stored_ND = decode(codes_ND, scale_N, calibration.offset_D, self.precision)
+                        stored_ND = self._decode(codes_ND, scale_N, calibration)
                         parts[site].append(Statistics.of(rows_ND, stored_ND, scale_N, calibration))
         return codes, scales, {site: merge(parts[site]) for site in sites}
 
@@ -210,7 +211,7 @@ class Harvester:
                 for site in codes if len(place_N) else ():
                     calibration = self.calibration(site)
                     scale_N = scales[site][place_N] if self.precision.quantised else None
-                    stored_ND = decode(codes[site][place_N], scale_N, calibration.offset_D, self.precision)
+                    stored_ND = self._decode(codes[site][place_N], scale_N, calibration)
                     parts[site].append(Statistics.of(acts[site][chosen], stored_ND, scale_N, calibration))
         statistics = {site: merge(parts[site]) for site in codes}
         for site, found in statistics.items():
@@ -256,7 +257,7 @@ class Harvester:
             def stored(acts_BTD: torch.Tensor, kept_BT: torch.Tensor = kept_BT) -> torch.Tensor:
                 rows_ND = acts_BTD[kept_BT].float().cpu().numpy()
                 codes_ND, scale_N = encode(rows_ND, calibration, self.precision)
-                decoded_ND = decode(codes_ND, scale_N, calibration.offset_D, self.precision)
+                decoded_ND = self._decode(codes_ND, scale_N, calibration)
                 out_BTD = acts_BTD.clone()
                 out_BTD[kept_BT] = torch.from_numpy(decoded_ND).to(acts_BTD)
                 return out_BTD
@@ -274,11 +275,16 @@ class Harvester:
             "n_tokens": float(totals[2]),
         }
 
+    def _decode(
+        self, codes_ND: np.ndarray, scale_N: np.ndarray | None, calibration: Calibration
+    ) -> np.ndarray:
+        """The rows that readers will see."""
+        return decode(codes_ND, scale_N, calibration.offset_D, self.precision, calibration.rotation_DD)
+
     def calibration(self, site: str) -> Calibration:
         """The committed calibration of a site."""
         if site not in self._calibrations:
-            key = calibration_key(site)
-            self._calibrations[site] = parse_calibration(self.store.read(key), f"{self.store.url}/{key}")
+            self._calibrations[site] = read_calibration(self.store, site)
         return self._calibrations[site]
 
     def _forward(

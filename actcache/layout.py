@@ -8,20 +8,24 @@ Shapes: D = d_in.
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from .codec import Calibration, Precision
-from .errors import CorruptObject
+from .errors import Conflict, CorruptObject
 from .manifest import Manifest, check_format
 from .shard import array_metadata, group_metadata, shard_key
-from .spec import FORMAT, canonical_json
+from .spec import FORMAT, canonical_json, digest
+from .store import Store
 
 _SEQUENCE_CHUNK = 64
-_BF16_NAN = 0x7FC0
+_FILL = {"fvu": -128, "rotated": 65535, "bf16": 0x7FC0, "fp16": "NaN", "fp32": "NaN"}
+"""Of `codes`, by kind of precision: what no row is stored as (0x7FC0 are the bits of a NaN)."""
 
 
 def sequences_per_shard(identity: Mapping[str, Any]) -> int:
@@ -32,15 +36,19 @@ def sequences_per_shard(identity: Mapping[str, Any]) -> int:
 
 
 def array_layout(identity: Mapping[str, Any], d_in: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Every array of a split by its path in the split: row shape, dtype, fill value, shard and chunk rows.
+    """Every array of a split by its path in the split: row shape, dtype, fill value, shard and chunk rows,
+    and whether columns are compressed together.
 
     `docs/format.md`, "Arrays", is this table in words. `d_in` names the sites.
     """
     precision = Precision.parse(identity["precision"])
-    by_row = {"shard_rows": identity["block_rows"], "chunk_rows": identity["chunk_rows"]}
-    by_sequence = {"shard_rows": sequences_per_shard(identity), "chunk_rows": _SEQUENCE_CHUNK}
+    by_row = {"shard_rows": identity["block_rows"], "chunk_rows": identity["chunk_rows"], "by_column": False}
+    by_sequence = {
+        "shard_rows": sequences_per_shard(identity),
+        "chunk_rows": _SEQUENCE_CHUNK,
+        "by_column": False,
+    }
     token = np.dtype("<u2" if identity["tokens"]["vocab_size"] <= 2**16 else "<u4")
-    fill = -128 if precision.quantised else _BF16_NAN if precision.kind == "bf16" else "NaN"
     context_size = identity["tokens"]["context_size"]
     layout: dict[str, dict[str, Any]] = {
         "token_id": {"row": (), "dtype": token, "fill": 0, **by_row},
@@ -50,7 +58,8 @@ def array_layout(identity: Mapping[str, Any], d_in: Mapping[str, int]) -> dict[s
         "length": {"row": (), "dtype": np.dtype("<u4"), "fill": 0, **by_sequence},
     }
     for site, width in d_in.items():
-        layout[f"{site}/codes"] = {"row": (width,), "dtype": precision.dtype, "fill": fill, **by_row}
+        codes = {"row": (width,), "dtype": precision.dtype, "fill": _FILL[precision.kind], **by_row}
+        layout[f"{site}/codes"] = codes | {"by_column": precision.rotated}
         if precision.quantised:
             layout[f"{site}/scale"] = {"row": (), "dtype": np.dtype("<f4"), "fill": "NaN", **by_row}
     return layout
@@ -64,14 +73,9 @@ def zarr_metadata(manifest: Manifest) -> dict[str, bytes]:
     out = {"zarr.json": group_metadata({"actcache": root})}
     for split, size in manifest.splits.items():
         out[f"{split}/zarr.json"] = group_metadata({})
-        for site, extent in manifest.sites.items():
+        for site in manifest.sites:
             attributes = {"site": site, "precision": str(precision), "decode": precision.decode_line}
             out[f"{split}/{site}/zarr.json"] = group_metadata({"actcache": attributes})
-            if precision.quantised:
-                width = extent.d_in
-                out[f"{split}/{site}/offset/zarr.json"] = array_metadata(
-                    (width,), width, width, np.dtype("<f4"), "NaN", {}
-                )
         for path, array in layout.items():
             rows = _committed(manifest, split, path, size)
             out[f"{split}/{path}/zarr.json"] = array_metadata(
@@ -81,7 +85,13 @@ def zarr_metadata(manifest: Manifest) -> dict[str, bytes]:
                 array["dtype"],
                 array["fill"],
                 {},
+                array["by_column"],
             )
+    for path, _, _, array in derived_arrays(manifest):
+        width = array["chunk_rows"]
+        out[f"{path}/zarr.json"] = array_metadata(
+            (width, *array["row"]), width, width, np.dtype("<f4"), "NaN", {}
+        )
     # one request opens the whole hierarchy, and no listing meets what is not Zarr
     inside = {key.removesuffix("/zarr.json"): value for key, value in out.items() if key != "zarr.json"}
     out["zarr.json"]["consolidated_metadata"] = {
@@ -93,13 +103,25 @@ def zarr_metadata(manifest: Manifest) -> dict[str, bytes]:
     return {key: canonical_json(value).encode() for key, value in out.items()}
 
 
-def offset_arrays(manifest: Manifest) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Path, site and layout of each split's copy of each site's offset: one shard of one chunk."""
-    if Precision.parse(manifest.identity["precision"]).quantised:
-        for split in manifest.splits:
-            for site, extent in manifest.sites.items():
-                array = {"chunk_rows": extent.d_in, "shard_rows": extent.d_in, "fill": "NaN"}
-                yield f"{split}/{site}/offset", site, array
+def derived_arrays(manifest: Manifest) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """Path, site, Calibration field and layout of what each split repeats of the calibrations, for plain Zarr.
+
+    Each array is one shard of one chunk.
+    """
+    precision = Precision.parse(manifest.identity["precision"])
+    if not precision.quantised:
+        return
+    for split in manifest.splits:
+        for site, extent in manifest.sites.items():
+            array = {"chunk_rows": extent.d_in, "shard_rows": extent.d_in, "fill": "NaN", "by_column": False}
+            yield f"{split}/{site}/offset", site, "offset_D", {"row": (), **array}
+            if precision.rotated:
+                yield f"{split}/{site}/rotation", site, "rotation_DD", {"row": (extent.d_in,), **array}
+
+
+def derived_key(path: str, array: Mapping[str, Any]) -> str:
+    """Key of the one shard of a derived array."""
+    return shard_key(path, 0, 1 + len(array["row"]))
 
 
 def n_shards(manifest: Manifest, split: str) -> dict[str, int]:
@@ -142,28 +164,97 @@ def calibration_key(site: str) -> str:
 
 
 def calibration_json(calibration: Calibration, site: str) -> bytes:
-    """The stored form: canonical JSON, arrays as base64 of little-endian float32."""
+    """The stored form: canonical JSON, arrays as base64 of little-endian float32; the rotation by its sha256."""
+    rotation = rotation_bytes(calibration)
     value = {
         "format": FORMAT,
         "site": site,
         "offset": base64.b64encode(calibration.offset_D.astype("<f4").tobytes()).decode(),
         "median": base64.b64encode(calibration.median_D.astype("<f4").tobytes()).decode(),
+        "rotation_sha256": None if rotation is None else hashlib.sha256(rotation).hexdigest(),
         **{k: getattr(calibration, k) for k in ("step", "radius2", "n_rows", "n_core", "core_variance")},
     }
+    value["digest"] = digest(value)
     return canonical_json(value).encode()
 
 
-def parse_calibration(data: bytes, where: str, sha256: str | None = None) -> Calibration:
-    """Read a stored calibration, verifying its digest when one is given."""
+def rotation_bytes(calibration: Calibration) -> bytes | None:
+    """The stored form of the rotation: float32 little-endian, row by row."""
+    return None if calibration.rotation_DD is None else calibration.rotation_DD.astype("<f4").tobytes()
+
+
+def rotation_key(site: str, sha256: str) -> str:
+    """`_calibration/<site>-<first 16 digits of the sha256 of its bytes>.rotation`."""
+    return f"_calibration/{site}-{sha256[:16]}.rotation"
+
+
+def create_calibration(store: Store, calibration: Calibration, site: str) -> None:
+    """Store a site's calibration, first the rotation that it names.
+
+    Raises:
+        Conflict: another calibration of the site is there; it stays and holds for all.
+        CorruptObject: the rotation's object, whose key follows from its bytes, holds other bytes.
+    """
+    rotation = rotation_bytes(calibration)
+    if rotation is not None:
+        key = rotation_key(site, hashlib.sha256(rotation).hexdigest())
+        try:
+            store.create(key, rotation)
+        except Conflict:
+            raise CorruptObject(f"{store.url}/{key} is damaged; delete it and harvest again") from None
+    store.create(calibration_key(site), calibration_json(calibration, site))
+
+
+def read_calibration(store: Store, site: str, sha256: str | None = None) -> Calibration:
+    """A site's stored calibration with its rotation, all digests verified; `sha256` is the manifest's.
+
+    Raises:
+        CorruptObject: it or its rotation is damaged, not the committed one, or missing.
+    """
+    key = calibration_key(site)
+    calibration, rotation_sha256 = parse_calibration(_read(store, key), f"{store.url}/{key}", sha256)
+    if rotation_sha256 is None:
+        return calibration
+    key, d_in = rotation_key(site, rotation_sha256), len(calibration.offset_D)
+    rotation = _read(store, key)
+    if len(rotation) != 4 * d_in**2 or hashlib.sha256(rotation).hexdigest() != rotation_sha256:
+        raise CorruptObject(
+            f"{store.url}/{key} does not match its sha256; restore it, or delete it and harvest again"
+        )
+    return replace(calibration, rotation_DD=np.frombuffer(rotation, "<f4").reshape(d_in, d_in))
+
+
+def parse_calibration(data: bytes, where: str, sha256: str | None = None) -> tuple[Calibration, str | None]:
+    """A stored calibration without its rotation, and the rotation's sha256; digests verified.
+
+    Raises:
+        CorruptObject: the bytes are damaged or not the committed ones.
+    """
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise CorruptObject(f"{where} does not match its sha256; restore it or harvest again")
     try:
         value = json.loads(data)
         check_format(value, where)
-        return Calibration(
+        stated = value.pop("digest", None)
+        if stated != digest(value):
+            raise CorruptObject(f"{where} does not match its digest; restore it or harvest again")
+        calibration = Calibration(
             offset_D=np.frombuffer(base64.b64decode(value["offset"]), "<f4"),
             median_D=np.frombuffer(base64.b64decode(value["median"]), "<f4"),
             **{k: value[k] for k in ("step", "radius2", "n_rows", "n_core", "core_variance")},
         )
+        rotation_sha256 = value["rotation_sha256"]
+        if rotation_sha256 is not None and not re.fullmatch("[0-9a-f]{64}", rotation_sha256):
+            raise ValueError(f"rotation_sha256 {rotation_sha256!r}")
+        return calibration, rotation_sha256
     except (KeyError, TypeError, ValueError) as err:
         raise CorruptObject(f"{where} is not a calibration ({err}); restore it or harvest again") from err
+
+
+def _read(store: Store, key: str) -> bytes:
+    try:
+        return store.read(key)
+    except FileNotFoundError:
+        raise CorruptObject(
+            f"{store.url}/{key} is missing although it was committed; harvest again"
+        ) from None

@@ -20,9 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .codec import Statistics
 from .errors import Conflict, CorruptObject, FormatError, NotADataset
 from .spec import FORMAT, canonical_json, digest
+from .statistics import Statistics
 from .store import Store
 
 log = logging.getLogger(__name__)
@@ -186,11 +186,13 @@ _OBJECTS = pa.schema(
         ("constant", pa.float64()),
     ]
 )
+_ARRAYS = {"_D": np.dtype("<f8"), "_K": np.dtype("<i8")}
+"""Dtype of a statistic that is an array, by the end of its name."""
 _STATISTICS = pa.schema(
     [("split", pa.string()), ("block", pa.int64()), ("site", pa.string()), ("sites", pa.string())]
     + [("n_sequences", pa.int64())]
     + [
-        (f.name, pa.binary() if f.name.endswith("_D") else pa.int64() if f.type is int else pa.float64())
+        (f.name, pa.binary() if f.name[-2:] in _ARRAYS else pa.int64() if f.type is int else pa.float64())
         for f in fields(Statistics)
     ]
 )
@@ -218,7 +220,7 @@ def write_segment(store: Store, records: Sequence[BlockRecord]) -> Segment:
             row |= {"n_sequences": r.n_sequences}
             for f in fields(s):
                 value = getattr(s, f.name)
-                row[f.name] = value.astype("<f8").tobytes() if f.name.endswith("_D") else value
+                row[f.name] = _array_bytes(f.name, value) if f.name[-2:] in _ARRAYS else value
             statistics.append(row)
     tables = (pa.Table.from_pylist(objects, _OBJECTS), pa.Table.from_pylist(statistics, _STATISTICS))
     return store_segment(store, *tables, len(records))
@@ -325,7 +327,7 @@ def statistics_of(table: pa.Table, split: str, site: str, n_blocks: int) -> list
 def statistics_row(row: Mapping[str, Any]) -> Statistics:
     """The Statistics in one row of a segment table."""
     values: dict[str, Any] = {
-        f.name: np.frombuffer(row[f.name], "<f8") if f.name.endswith("_D") else row[f.name]
+        f.name: np.frombuffer(row[f.name], dtype) if (dtype := _ARRAYS.get(f.name[-2:])) else row[f.name]
         for f in fields(Statistics)
     }
     return Statistics(**values)
@@ -518,7 +520,7 @@ def _read_committed(store: Store, key: str) -> bytes:
 
 def _statistics_json(statistics: Statistics) -> dict[str, Any]:
     return {
-        f.name: base64.b64encode(value.astype("<f8").tobytes()).decode()
+        f.name: base64.b64encode(_array_bytes(f.name, value)).decode()
         if isinstance(value, np.ndarray)
         else value
         for f in fields(statistics)
@@ -526,6 +528,14 @@ def _statistics_json(statistics: Statistics) -> dict[str, Any]:
     }
 
 
+def _array_bytes(name: str, value: np.ndarray) -> bytes:
+    return value.astype(_ARRAYS[name[-2:]]).tobytes()
+
+
 def _statistics_from(value: Mapping[str, Any]) -> Statistics:
-    arrays = {k: np.frombuffer(base64.b64decode(v), "<f8") for k, v in value.items() if k.endswith("_D")}
+    arrays = {
+        k: np.frombuffer(base64.b64decode(v), dtype)
+        for k, v in value.items()
+        if (dtype := _ARRAYS.get(k[-2:]))
+    }
     return Statistics(**{**value, **arrays})

@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 
 from .chunks import ChunkReader, Request
-from .codec import Precision, decode, merge
+from .codec import Calibration, Precision, decode
 from .corpus import kept_tokens
 from .errors import CorruptObject, SpecError
-from .layout import array_layout, calibration_key, n_shards, parse_calibration, site_rows
+from .layout import array_layout, n_shards, read_calibration, site_rows
 from .manifest import (
     Manifest,
     ShardTable,
@@ -29,6 +29,7 @@ from .manifest import (
 )
 from .order import DEFAULT_LANES
 from .spec import nearest
+from .statistics import merge
 from .store import Store, open_store
 from .stream import Rows, Stream
 
@@ -112,7 +113,7 @@ class _Shared:
     def __init__(self, store: Store, manifest: Manifest) -> None:
         self.store, self.manifest = store, manifest
         self.precision = Precision.parse(manifest.identity["precision"])
-        self.offset = lru_cache(maxsize=None)(self._offset)
+        self.calibration = lru_cache(maxsize=None)(self._calibration)
 
     @cached_property
     def objects(self) -> pa.Table:
@@ -129,16 +130,21 @@ class _Shared:
             read_manifest(self.store, self.manifest.version)  # says so if gc removed the pinned version
             raise
 
-    def _offset(self, site: str) -> np.ndarray | None:
+    def _calibration(self, site: str) -> Calibration:
+        return read_calibration(self.store, site, self.manifest.sites[site].calibration_sha256)
+
+    def decode(
+        self,
+        site: str,
+        codes_ND: np.ndarray,
+        scale_N: np.ndarray | None,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """float32 rows of a site, in `out` if given."""
         if not self.precision.quantised:
-            return None
-        key = calibration_key(site)
-        try:
-            data = self.store.read(key)
-        except FileNotFoundError:
-            raise CorruptObject(f"{self.store.url}/{key} is missing although it was committed") from None
-        sha256 = self.manifest.sites[site].calibration_sha256
-        return parse_calibration(data, f"{self.store.url}/{key}", sha256).offset_D
+            return decode(codes_ND, None, None, self.precision, out=out)
+        c = self.calibration(site)
+        return decode(codes_ND, scale_N, c.offset_D, self.precision, c.rotation_DD, out)
 
 
 class Dataset:
@@ -207,9 +213,9 @@ class Dataset:
     def stats(self, site: str) -> dict[str, Any]:
         """Statistics of a site's rows in this split; docs/format.md, "Statistics".
 
-        "mean" and "variance" are float64 [D], the rest numbers: mean_norm, max_abs, n_rows, n_core,
-        fvu_core and fvu_all (noise of storing over variance), max_error, rows_rescaled, stored_bytes,
-        bits_per_value.
+        "mean" and "variance" are float64 [D], "norm_percentiles" maps percent to norm, the rest are
+        numbers: mean_norm, max_abs, n_rows, n_core, fvu_core and fvu_all (noise of storing over
+        variance), max_error, rows_rescaled, stored_bytes, bits_per_value.
         """
         n_blocks = self.manifest.sites[self._checked(site)].n_blocks.get(self.split_name, 0)
         parts = statistics_of(self._shared.statistics, self.split_name, site, n_blocks)
@@ -236,16 +242,15 @@ class Dataset:
         """
         self._checked(site)
         rows = self._row_index(index, self._site_rows(site))
-        offset, precision = self._shared.offset(site), self._shared.precision
-        scale_N = self._gather(f"{site}/scale", rows) if precision.quantised else None
+        scale_N = self._gather(f"{site}/scale", rows) if self._shared.precision.quantised else None
         out_ND = np.empty((len(rows), self.d_in(site)), np.float32)
 
         def place(chunk: np.ndarray, here: Where, within: Where) -> None:
             scale = None if scale_N is None else scale_N[here]
             if isinstance(here, slice):
-                decode(chunk[within], scale, offset, precision, out_ND[here])
+                self._shared.decode(site, chunk[within], scale, out_ND[here])
             else:
-                out_ND[here] = decode(chunk[within], scale, offset, precision)
+                out_ND[here] = self._shared.decode(site, chunk[within], scale)
 
         self._each_chunk(f"{site}/codes", rows, place)
         return out_ND

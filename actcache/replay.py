@@ -109,7 +109,8 @@ def _stated_error(
     """The largest error [K, D] that docs/format.md, "Precision", allows."""
     if precision.quantised:
         scale_K = view._gather(f"{site}/scale", rows_K)
-        return np.broadcast_to(scale_K[:, None] / 2, stored_KD.shape)
+        widest = np.sqrt(stored_KD.shape[1]) if precision.rotated else 1.0
+        return np.broadcast_to(scale_K[:, None] / 2 * widest, stored_KD.shape)
     bits = {"bf16": 8, "fp16": 11, "fp32": 24}[precision.kind]
     exact = precision.kind == "fp32"
     half_unit_KD = np.ldexp(0.5, np.frexp(stored_KD)[1] - bits)

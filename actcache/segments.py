@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from .codec import Statistics
 from .errors import FormatError
 from .manifest import MAX_SHARDS, Segment, read_segment_table, statistics_row, store_segment
+from .statistics import Statistics
 from .store import Store
 
 FAN_IN = 8

@@ -101,7 +101,7 @@ class Spec:
 
     precision: str = "fvu:1e-3"
     """`fvu:<x>` (int8 codes whose noise is at most the fraction x of the variance of core rows),
-    `bf16`, `fp16` or `fp32`."""
+    `rotated:<x>` (the same noise on principal components: fewer bits, slower), `bf16`, `fp16` or `fp32`."""
 
     lm_dtype: str = "float32"
     """The dtype the LM runs in: float32, bfloat16 or float16. Never guessed from the checkpoint."""

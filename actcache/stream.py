@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .codec import decode
 from .errors import SpecError
 from .order import Order, Span, default_window
 
@@ -279,9 +278,7 @@ class _EpochReader:
     def _decode(self, parts: dict[str, np.ndarray]) -> Batch:
         shared = self.stream.dataset._shared
         acts = {
-            site: decode(
-                parts[f"{site}/codes"], parts.get(f"{site}/scale"), shared.offset(site), shared.precision
-            )
+            site: shared.decode(site, parts[f"{site}/codes"], parts.get(f"{site}/scale"))
             for site in self.stream.sites
         }
         rows = Rows(parts["token_id"], parts["sequence"], parts["position"]) if self.stream.metadata else None

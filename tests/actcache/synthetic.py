@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from actcache.codec import Calibration, Precision, Statistics, calibrate
+from actcache.codec import Calibration, Precision, calibrate
 from actcache.committed import Committed
 from actcache.layout import array_layout, calibration_json, calibration_key
 from actcache.manifest import SPLITS, BlockRecord, ObjectRecord
+from actcache.statistics import Statistics
 from actcache.store import Store
 
 SITES = ("blocks.3.hook_resid_post", "blocks.6.hook_resid_post")

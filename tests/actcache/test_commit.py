@@ -8,11 +8,12 @@ from replayed import Recorded
 from tiny_harvest import SITES
 from watched import DictStore, Died, DiesAt, Watched
 
-from actcache.codec import Statistics, decode
+from actcache.codec import decode
 from actcache.errors import Conflict, CorruptObject
 from actcache.layout import array_layout
 from actcache.manifest import BlockRecord, read_records, record_key
 from actcache.shard import decode_shard, encode_shard, shard_key
+from actcache.statistics import Statistics
 
 NOISE = 1e-6
 BLOCK = ("train", 0, SITES)

@@ -12,7 +12,6 @@ from synthetic import LOSSES, SITES, Synthetic
 from tiny_harvest import SITES as TINY_SITES
 from watched import DictStore, Watched
 
-from actcache.codec import Statistics, merge
 from actcache.committed import _Runs
 from actcache.layout import n_shards
 from actcache.manifest import (
@@ -25,6 +24,7 @@ from actcache.manifest import (
 )
 from actcache.reader import Dataset, _Shared
 from actcache.segments import COMPLETE_SEGMENTS, FAN_IN
+from actcache.statistics import Statistics, merge
 
 SHAPE = {"block_rows": 4096, "chunk_rows": 1024, "context_size": 64}
 

@@ -79,7 +79,12 @@ def newest_manifest(directory):
 
 # Precision: the recorded line, typed by hand (nothing that is stored is executed)
 DECODE = {
-    "codes * scale[:, None] + offset": lambda codes, scale, offset: codes * scale[:, None] + offset,
+    "codes * scale[:, None] + offset": lambda codes, scale, offset, _: codes * scale[:, None] + offset,
+    "(((codes >> 1).astype('<i2') ^ -(codes & 1).astype('<i2')) * scale[:, None]) @ rotation + offset": (
+        lambda codes, scale, offset, rotation: (
+            (((codes >> 1).astype("<i2") ^ -(codes & 1).astype("<i2")) * scale[:, None]) @ rotation + offset
+        )
+    ),
     "(codes.astype('<u4') << 16).view('<f4')": lambda codes, *_: (codes.astype("<u4") << 16).view("<f4"),
     "codes.astype('<f4')": lambda codes, *_: codes.astype("<f4"),
     "codes": lambda codes, *_: codes,
@@ -89,7 +94,7 @@ DECODE = {
 def read_all(directory, split, site):
     """Every row of a site, by plain zarr and the recorded line."""
     group = zarr.open_group(str(directory), mode="r")[f"{split}/{site}"]
-    rest = [group[name][:] if name in group else None for name in ("scale", "offset")]
+    rest = [group[name][:] if name in group else None for name in ("scale", "offset", "rotation")]
     return DECODE[group.attrs["actcache"]["decode"]](group["codes"][:], *rest)
 
 
@@ -176,6 +181,14 @@ def lossless(request, tmp_path_factory):
     return actcache.harvest(spec, str(tmp_path_factory.mktemp("root")), progress=False)
 
 
+@pytest.fixture(scope="module")
+def rotated(tmp_path_factory):
+    spec = tiny_spec(
+        tmp_path_factory.mktemp("rotated"), n_tokens=1500, test_blocks=0, precision="rotated:1e-3"
+    )
+    return actcache.harvest(spec, str(tmp_path_factory.mktemp("root")), progress=False)
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_plain_zarr_and_one_line_read_what_our_reader_reads(tiny, directory, split):
     dataset = tiny[0].split(split)
@@ -191,6 +204,64 @@ def test_every_precision_reads_by_its_recorded_line(lossless):
         for site in lossless.sites:
             ours = lossless.split(split).read(site, slice(None))
             assert np.array_equal(read_all(Path(lossless.url), split, site), ours)
+
+
+def test_rotated_rows_read_by_their_recorded_line_up_to_the_rounding_of_the_page(rotated):
+    for split in rotated.splits:
+        for site in rotated.sites:
+            group = zarr.open_group(rotated.url, mode="r")[f"{split}/{site}"]
+            theirs_ND = read_all(Path(rotated.url), split, site)
+            assert theirs_ND.dtype == np.float32
+            ours_ND = rotated.split(split).read(site, slice(None))
+            norm_N = np.linalg.norm(ours_ND - group["offset"][:], axis=1)
+            d = ours_ND.shape[1]
+            bound_ND = d * 2.0**-22 * norm_N[:, None] + 2.0**-23 * np.abs(ours_ND)
+            assert (np.abs(theirs_ND - ours_ND) <= bound_ND).all()
+            batch = next(iter(rotated.split(split).stream(site, batch_size=500)))
+            position = {key: i for i, key in enumerate(token_keys(rotated.split(split).rows(slice(None))))}
+            rows = [position[key] for key in token_keys(batch)]
+            assert (np.abs(batch[site] - ours_ND[rows]) <= bound_ND[rows]).all()
+
+
+def token_keys(rows):
+    return list(zip(rows.sequence.tolist(), rows.position.tolist(), strict=True))
+
+
+def test_the_rotation_is_that_of_the_calibration_orthonormal_and_by_falling_variance(rotated):
+    directory = Path(rotated.url)
+    manifest = newest_manifest(directory)
+    fvu = float(manifest["identity"]["precision"].removeprefix("rotated:"))
+    for site, extent in manifest["sites"].items():
+        data = (directory / "_calibration" / f"{site}.json").read_bytes()
+        assert hashlib.sha256(data).hexdigest() == extent["calibration_sha256"]
+        calibration = json.loads(data)
+        assert calibration.pop("digest") == digest(calibration)
+        sha256 = calibration["rotation_sha256"]
+        stored = (directory / "_calibration" / f"{site}-{sha256[:16]}.rotation").read_bytes()
+        assert hashlib.sha256(stored).hexdigest() == sha256
+        d = extent["d_in"]
+        rotation_DD = np.frombuffer(stored, "<f4").reshape(d, d)
+        assert np.abs(rotation_DD.astype(np.float64) @ rotation_DD.T - np.eye(d)).max() <= 2.0**-22 * d
+        largest_D = np.take_along_axis(rotation_DD, np.abs(rotation_DD).argmax(axis=1)[:, None], axis=1)
+        assert (largest_D > 0).all()
+        k = 32 * math.log2(
+            calibration["step"] / math.sqrt(12 * 0.95 * fvu * calibration["core_variance"] / d)
+        )
+        assert k == pytest.approx(round(k), abs=1e-5)
+        assert k >= -32
+        group = zarr.open_group(str(directory), mode="r")[f"train/{site}"]
+        assert np.array_equal(group["rotation"][:], rotation_DD)
+        codes_ND = group["codes"][:].astype(int)
+        assert codes_ND.max() < 65535
+        signed_ND = np.where(codes_ND % 2, -(codes_ND + 1) // 2, codes_ND // 2)
+        variance_D = signed_ND.var(axis=0)
+        assert (np.diff(variance_D[: d // 4]) < 0.25 * variance_D[: d // 4 - 1]).all()
+        power = np.log2(group["scale"][:] / calibration["step"])
+        assert ((power >= 0) & (power == np.round(power))).all()
+        for segment in manifest["segments"]:
+            for row in pq.read_table(directory / segment["statistics"]).to_pylist():
+                if row["site"] == site and row["split"] == "train":
+                    assert row["core_sse"] <= fvu * np.frombuffer(row["core_m2_D"], "<f8").sum()
 
 
 def token_streams(spec, identity):
@@ -314,17 +385,22 @@ def test_recorded_statistics_are_those_of_the_stored_values(directory):
         for row in pq.read_table(directory / segment["statistics"]).to_pylist():
             acts_ND = read_all(directory, row["split"], row["site"])
             acts_ND = acts_ND[row["block"] * block_rows :][:block_rows].astype(np.float64)
-            # sums of at most 1024 float32 numbers: each of 1024 additions rounds by 2^-24
-            rounding = 1024 * 2.0**-24
-            spread = np.abs(acts_ND).max()
+            spread_D = np.abs(acts_ND).max(axis=0)
             mean_D, m2_D = (np.frombuffer(row[k], "<f8") for k in ("mean_D", "m2_D"))
             assert row["n_rows"] == len(acts_ND)
-            assert np.abs(mean_D - acts_ND.mean(axis=0)).max() <= rounding * 2 * spread
+            assert (np.abs(mean_D - acts_ND.mean(axis=0)) <= 1e-6 * spread_D).all()
             exact_D = ((acts_ND - acts_ND.mean(axis=0)) ** 2).sum(axis=0)
-            assert np.abs(m2_D - exact_D).max() <= rounding * len(acts_ND) * (2 * spread) ** 2
-            assert row["max_abs"] == spread
+            assert (np.abs(m2_D - exact_D) <= 1e-6 * exact_D).all()
+            assert row["max_abs"] == spread_D.max()
             norms_N = np.linalg.norm(acts_ND, axis=1)
             assert row["norm_sum"] == pytest.approx(norms_N.sum(), rel=acts_ND.shape[1] * 2.0**-24)
+            bins_K, counts_K = (np.frombuffer(row[k], "<i8") for k in ("norm_bins_K", "norm_counts_K"))
+            bins_N = np.sort(np.floor(32 * np.log2(norms_N)))
+            assert (np.abs(np.repeat(bins_K, counts_K) - bins_N) <= 1).all()
+            assert (np.repeat(bins_K, counts_K) == bins_N).mean() > 0.99  # not at an edge
+            middle = 2 ** ((bins_K[np.searchsorted(np.cumsum(counts_K), len(norms_N) / 2)] + 0.5) / 32)
+            median = np.percentile(norms_N, 50, method="inverted_cdf")
+            assert middle == pytest.approx(median, rel=0.0111)
 
 
 def test_core_rows_keep_the_stated_noise_by_the_formulas_of_the_page(directory):
@@ -414,7 +490,7 @@ def test_every_field_of_records_calibrations_and_statistics_is_on_the_page_and_n
     assert {"statistics.<site>.<field>"} | {
         path for r in records for path in flat({k: v for k, v in r.items() if k != "statistics"})
     } == first_column("Records", "field")
-    for path in (directory / "_calibration").iterdir():
+    for path in (directory / "_calibration").glob("*.json"):
         assert flat(json.loads(path.read_text())) == first_column("Calibration", "field")
     for path in (directory / "_records").rglob("*.json"):
         sites = sorted(json.loads(path.read_text())["statistics"])
@@ -428,7 +504,7 @@ def test_segments_have_the_columns_of_the_page(directory):
         written = {row[0].strip("`"): row[1] for row in tables("Segments")[f"column of {kind}"][1:]}
         found = {f.name: re.sub(r"list<\w+: (\w+)>", r"list<\1>", str(f.type)) for f in schema}
         if kind == "statistics":
-            types = {"integer": "int64", "float": "double", "float64 [D]": "binary"}
+            types = {"integer": "int64", "float": "double", "float64 [D]": "binary", "int64 [K]": "binary"}
             rows = tables("Statistics")["field"][1:]
             written |= {row[0].strip("`"): types[row[1]] for row in rows}
         assert list(found.items()) == list(written.items())
@@ -445,7 +521,12 @@ def key_patterns(title, header):
     }
 
 
-def test_every_key_of_a_dataset_and_its_tokens_is_in_the_layout_and_no_other(directory):
+@pytest.mark.parametrize("precision", ["fvu", "rotated"])
+def test_every_key_of_a_dataset_and_its_tokens_is_in_the_layout_and_no_other(directory, rotated, precision):
+    if precision == "rotated":
+        directory = Path(rotated.url)
+    elsewhere = [row[0].strip("`") for row in tables("Layout")["key"][1:] if "`rotated` only" in row[1]]
+    elsewhere = [key for key in elsewhere if "rotat" in key and precision != "rotated"]
     (tokens,) = (directory.parent / "tokens").iterdir()
     for root, patterns in (
         (directory, key_patterns("Layout", "key")),
@@ -454,7 +535,7 @@ def test_every_key_of_a_dataset_and_its_tokens_is_in_the_layout_and_no_other(dir
         keys = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
         matched = {key: [row for row, p in patterns.items() if p.fullmatch(key)] for key in keys}
         assert [key for key, rows in matched.items() if len(rows) != 1] == []
-        assert {row for rows in matched.values() for row in rows} == set(patterns)
+        assert {row for rows in matched.values() for row in rows} == set(patterns) - set(elsewhere)
     manifest = json.loads((tokens / "_manifest" / "00000001.json").read_text())
     assert manifest["digest"] == digest({k: v for k, v in manifest.items() if k != "digest"})
     assert tokens.name.endswith(f"-{digest(manifest.pop('identity'))[:12]}")
@@ -478,7 +559,8 @@ def arrays_match_the_page(dataset):
         for name, shape, dtype, fill, shard_rows, chunk_rows in tables("Arrays")["array"][1:]:
             for site in dataset.sites if "<site>" in name else [""]:
                 path = directory / split / name.strip("`").replace("<site>", site)
-                if kind != "fvu" and path.name in ("scale", "offset"):
+                quantised = ("scale", "offset") if kind not in ("fvu", "rotated") else ()
+                if path.name in (*quantised, "rotation" if kind != "rotated" else ""):
                     assert not path.exists()
                     continue
                 d = manifest["sites"][site]["d_in"] if site else 0
@@ -496,7 +578,9 @@ def arrays_match_the_page(dataset):
                 assert grid == [sizes[shard_rows], *array["shape"][1:]]
                 assert sharding["configuration"]["chunk_shape"] == [sizes[chunk_rows], *array["shape"][1:]]
                 assert sharding["configuration"]["index_location"] == "end"
-                assert [x["name"] for x in sharding["configuration"]["codecs"]] == ["bytes", "zstd", "crc32c"]
+                columns = kind == "rotated" and path.name == "codes"
+                names = ["transpose", "bytes", "blosc", "crc32c"] if columns else ["bytes", "zstd", "crc32c"]
+                assert [x["name"] for x in sharding["configuration"]["codecs"]] == names
                 seen += 1
     assert precision[3].strip("`") in DECODE
     return seen
@@ -508,6 +592,10 @@ def test_arrays_are_as_the_tables_of_the_page_say(tiny):
 
 def test_arrays_of_lossless_precisions_are_as_the_tables_of_the_page_say(lossless):
     assert arrays_match_the_page(lossless) == 3 * (5 + 2)
+
+
+def test_arrays_of_rotated_rows_are_as_the_tables_of_the_page_say(rotated):
+    assert arrays_match_the_page(rotated) == 3 * (5 + 2 * 4)
 
 
 def test_the_attributes_are_those_of_the_page(directory):
