@@ -5,6 +5,7 @@ through the driver and a Harvester whose `_forward` returns what was recorded.
 """
 
 import copy
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from tiny_harvest import tiny_spec
 
-from actcache.corpus import tokenise
+from actcache.corpus import open_tokens, tokenise
 from actcache.driver import Resolved, _claim, harvest_missing, resolve
 from actcache.engines import LocalEngine
 from actcache.harvester import Harvester, Job
@@ -37,6 +38,22 @@ class Recorded:
                 for i in range(len(next(iter(acts.values())))):
                     row = input_ids_ST[start + i].tobytes()
                     self.acts[row] = {site: acts[site][i] for site in acts}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What replays need, without the LM, its tokenizer and open files: for processes that import no torch."""
+        kept = {"precision": self.harvester.precision, "d_in": self.harvester.d_in}
+        resolved = replace(self.resolved, tokenizer=None)
+        return {"spec": self.spec, "resolved": resolved, "acts": self.acts, "harvester": kept} | {
+            "tokens": self.tokens.store.url
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        tokens = open_tokens(open_store(state["tokens"]))
+        assert tokens is not None
+        self.tokens = tokens
+        self.harvester = object.__new__(Harvester)
+        self.harvester.__dict__ |= state["harvester"] | {"tokens": tokens, "_lm_lock": threading.Lock()}
 
     def job(self, url: str) -> Job:
         return Job(
@@ -73,6 +90,7 @@ class Recorded:
         harvester.__dict__ |= self.harvester.__dict__ | {
             "recorded": self,
             "store": store,
+            "_lm_lock": threading.Lock(),
             "job": replace(self.job(store.url), sites=resolved.sites),
             "_calibrations": {},
         }
