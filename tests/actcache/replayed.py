@@ -8,6 +8,7 @@ import copy
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tiny_harvest import tiny_spec
 
 from actcache.corpus import open_tokens, tokenise
 from actcache.driver import Resolved, _claim, harvest_missing, resolve
-from actcache.engines import LocalEngine
+from actcache.engines import LocalEngine, Unit
 from actcache.harvester import Harvester, Job
 from actcache.store import Store, open_store
 
@@ -96,14 +97,22 @@ class Recorded:
         }
         return harvester
 
-    def harvest(self, store: Store, resolved: Resolved | None = None) -> None:
-        """What `actcache.harvest` does once the Spec is resolved and tokenised, into `store`."""
+    def harvest(self, store: Store, resolved: Resolved | None = None, *, threads: bool = True) -> None:
+        """What `actcache.harvest` does once the Spec is resolved and tokenised, into `store`.
+
+        Without `threads` each block is done before the next begins: always the same operations in order.
+        """
         resolved = resolved or self.resolved
         _claim(store, resolved)
 
         harvester = self.harvester_on(store, resolved)
 
         class Engine(LocalEngine):
+            def submit(self, unit: Unit) -> None:
+                super().submit(unit)
+                if not threads:
+                    wait(self._running)
+
             def prepare(self) -> str:
                 self._harvester = harvester
                 self._harvester.calibrate()
