@@ -5,8 +5,10 @@ through the driver and a Harvester whose `_forward` returns what was recorded.
 """
 
 import copy
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,9 @@ from typing import Any
 import numpy as np
 from tiny_harvest import tiny_spec
 
-from actcache.corpus import tokenise
+from actcache.corpus import open_tokens, tokenise
 from actcache.driver import Resolved, _claim, harvest_missing, resolve
-from actcache.engines import LocalEngine
+from actcache.engines import LocalEngine, Unit
 from actcache.harvester import Harvester, Job
 from actcache.store import Store, open_store
 
@@ -37,6 +39,22 @@ class Recorded:
                 for i in range(len(next(iter(acts.values())))):
                     row = input_ids_ST[start + i].tobytes()
                     self.acts[row] = {site: acts[site][i] for site in acts}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What replays need, without the LM, its tokenizer and open files: for processes that import no torch."""
+        kept = {"precision": self.harvester.precision, "d_in": self.harvester.d_in}
+        resolved = replace(self.resolved, tokenizer=None)
+        return {"spec": self.spec, "resolved": resolved, "acts": self.acts, "harvester": kept} | {
+            "tokens": self.tokens.store.url
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        tokens = open_tokens(open_store(state["tokens"]))
+        assert tokens is not None
+        self.tokens = tokens
+        self.harvester = object.__new__(Harvester)
+        self.harvester.__dict__ |= state["harvester"] | {"tokens": tokens, "_lm_lock": threading.Lock()}
 
     def job(self, url: str) -> Job:
         return Job(
@@ -73,19 +91,28 @@ class Recorded:
         harvester.__dict__ |= self.harvester.__dict__ | {
             "recorded": self,
             "store": store,
+            "_lm_lock": threading.Lock(),
             "job": replace(self.job(store.url), sites=resolved.sites),
             "_calibrations": {},
         }
         return harvester
 
-    def harvest(self, store: Store, resolved: Resolved | None = None) -> None:
-        """What `actcache.harvest` does once the Spec is resolved and tokenised, into `store`."""
+    def harvest(self, store: Store, resolved: Resolved | None = None, *, threads: bool = True) -> None:
+        """What `actcache.harvest` does once the Spec is resolved and tokenised, into `store`.
+
+        Without `threads` each block is done before the next begins: always the same operations in order.
+        """
         resolved = resolved or self.resolved
         _claim(store, resolved)
 
         harvester = self.harvester_on(store, resolved)
 
         class Engine(LocalEngine):
+            def submit(self, unit: Unit) -> None:
+                super().submit(unit)
+                if not threads:
+                    wait(self._running)
+
             def prepare(self) -> str:
                 self._harvester = harvester
                 self._harvester.calibrate()

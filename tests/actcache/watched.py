@@ -4,7 +4,9 @@
 another writer in) works on a dict, a directory and S3 alike.
 """
 
+import os
 import re
+import signal
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -98,10 +100,28 @@ class DiesAt(Watched):
         setattr(self, "after" if after else "before", self._count)
         self._left, self._pattern = n, re.compile(pattern)
 
+    def die(self, place: str) -> None:
+        """What dying is; once dead, its other threads die at their next operation."""
+        raise Died(place)
+
     def _count(self, operation: str, key: str) -> None:
         if self._left < 0:
-            raise Died("its other threads die with it")
+            self.die("dead already")
         if self._pattern.fullmatch(f"{operation} {key}"):
             self._left -= 1
             if self._left < 0:
-                raise Died(f"{operation} {key}")
+                self.die(f"{operation} {key}")
+
+
+class KilledAt(DiesAt):
+    """Its process is killed there, by SIGKILL; "inside" a local write, when the bytes are synced."""
+
+    def __init__(self, store: Any, n: int, pattern: str, when: str) -> None:
+        super().__init__(store, n, pattern, after=when == "after")
+        self._when = when
+
+    def die(self, place: str) -> None:
+        if self._when == "inside":
+            os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
