@@ -26,9 +26,9 @@ from actcache.manifest import read_manifest
 from actcache.store import Store, open_store
 from actcache.verify import verify
 
-SMALL: dict[str, Any] = {"n_tokens": 1024, "sites": SITES[:1]}
-MORE_TOKENS: dict[str, Any] = {"n_tokens": 2048, "sites": SITES[:1]}
-MORE_SITES: dict[str, Any] = {"n_tokens": 2048, "sites": SITES}
+SMALL: dict[str, Any] = {"n_tokens": 1024, "sites": SITES[:1], "validation_blocks": 0}
+MORE_TOKENS: dict[str, Any] = {"n_tokens": 2048, "sites": SITES[:1], "validation_blocks": 0}
+MORE_SITES: dict[str, Any] = {"n_tokens": 2048, "sites": SITES, "validation_blocks": 1}
 
 
 class Died(Exception):
@@ -44,7 +44,7 @@ class Reference:
 
     @classmethod
     def make(cls, directory: Path) -> "Reference":
-        recorded = Recorded(directory, chunk_rows=1024, validation_blocks=1, test_blocks=0, **MORE_SITES)
+        recorded = Recorded(directory, chunk_rows=1024, test_blocks=0, **MORE_SITES)
         store = open_store(str(directory / "reference"))
         recorded.harvest(store)
         return cls(recorded, actcache.open(store.url))
@@ -83,17 +83,36 @@ class Schedule:
     """Whether a reader reads all the while."""
     rate: float = field(init=False)
     """Share of requests that meet a fault."""
+    outage_at: int | None = field(init=False)
+    """The request from which on the store answers nobody, until all drivers have ended."""
 
     def __post_init__(self) -> None:
         chance = random.Random(f"schedule {self.seed}")
-        steps = [[SMALL], [MORE_TOKENS], [SMALL, MORE_TOKENS], [SMALL, MORE_SITES], [MORE_SITES]]
-        self.drivers = chance.choices(steps, k=chance.choice((1, 1, 2)))
-        self.dies_at = chance.randrange(150) if chance.random() < 0.3 else None
-        self.reads = chance.random() < 0.3
-        self.rate = chance.choice((0.01, 0.05, 0.1, 0.3, 0.6))
+        steps = [[SMALL], [SMALL, MORE_TOKENS], [SMALL, MORE_SITES], [MORE_TOKENS], [MORE_SITES]]
+        weights = (5, 2, 1, 2, 1)
+        self.drivers = chance.choices(steps, weights, k=chance.choice((1, 1, 1, 2)))
+        self.dies_at = chance.randrange(100) if chance.random() < 0.3 else None
+        self.outage_at = chance.randrange(200) if chance.random() < 0.2 else None
+        self.reads = chance.random() < 0.2
+        self.rate = chance.choice((0.01, 0.03, 0.1, 0.3))
 
-    def run(self, reference: Reference, faulty: Callable[[], Store], clean: Store, read_from: Any) -> str:
-        """Run it; `read_from()` opens the dataset as a reader behind the same faults does. Returns the outcome."""
+    def run(
+        self,
+        reference: Reference,
+        *,
+        faulty: Callable[[], Store],
+        clean: Store,
+        read_from: Callable[[], Any],
+        retried: bool,
+    ) -> str:
+        """Run it; returns the outcome.
+
+        Args:
+            faulty: a new store with the schedule's faults.
+            clean: the same objects without faults.
+            read_from: opens the dataset as a reader does that meets the same faults.
+            retried: whether `faulty` answers faults by trying again.
+        """
         over = threading.Event()
         with ThreadPoolExecutor(len(self.drivers) + 1) as pool:
             reader = pool.submit(self._read, reference, read_from, over) if self.reads else None
@@ -121,6 +140,8 @@ class Schedule:
                 assert rows[site] >= steps[-1]["n_tokens"]
         assert verify(dataset, progress=False)["unreferenced objects"] == 0
         ends = {end for _, end in outcomes}
+        if retried and self.dies_at is None and self.outage_at is None:
+            assert ends == {"survived"}, "faults that end before the deadline must not fail a harvest"
         return next(end for end in ("raised without a word", "died", "raised", "survived") if end in ends)
 
     def _drive(
@@ -146,7 +167,7 @@ class Schedule:
 
     def _read(self, reference: Reference, read_from: Any, over: threading.Event) -> None:
         """Everything read is exact, or a clear error."""
-        while not over.wait(0.05):
+        while not over.wait(0.2):
             with contextlib.suppress(ActcacheError):
                 reference.check(read_from())
 
