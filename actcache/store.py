@@ -334,13 +334,15 @@ class ObjectStore(Store):
         path = self._path(key)
 
         def attempt() -> bool:
+            if expected is None and self._write(path, key, data, ABSENT):
+                return True
             found = self._look(path)
             content, name = found or (None, ABSENT)
             if content == data:
                 return True
             if content != expected:
                 return False
-            if self._write(path, key, data, name):
+            if expected is not None and self._write(path, key, data, name):
                 return True
             raise Transient("the object changed between its read and its write")  # look again
 
