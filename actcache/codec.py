@@ -188,7 +188,7 @@ def _choose_step(
 
 
 def _widest_step(rows_MD: np.ndarray, core_variance: float, precision: Precision) -> float:
-    """The widest step on a grid, 32 an octave about the formula's, whose measured noise is `_MARGIN * fvu`.
+    """The widest step on a grid, 128 an octave about the formula's, whose measured noise is `_MARGIN * fvu`.
 
     Components below the step become zero, with less noise than a twelfth of its square (reverse
     water-filling): so it is wider than the formula's.
@@ -202,12 +202,12 @@ def _widest_step(rows_MD: np.ndarray, core_variance: float, precision: Precision
         return formula
 
     def step(k: int) -> float:
-        return float(np.float32(formula * 2.0 ** (k / 32)))
+        return float(np.float32(formula * 2.0 ** (k / 128)))
 
     def fvu(k: int) -> float:
         return _noise(rows_MD, centre_D, step(k), precision)[0] / (core_variance * len(rows_MD))
 
-    holds, fails = -32, 32 * 12  # half the formula's step keeps any noise, unless int16 codes are too small
+    holds, fails = -128, 128 * 12  # half the formula's step keeps any noise, unless int16 codes are too small
     if fvu(holds) > _MARGIN * precision.fvu:
         raise SpecError(
             f"int16 codes reach FVU {fvu(holds):.2g} at this site, wanted {precision.fvu:g}: single values dwarf "
