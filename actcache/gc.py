@@ -179,7 +179,7 @@ class _Named:
             self.held |= {record_key(split, block, sites.split(",")) for split, block, sites in columns}
         self.loose = set(record_keys) - self.held
         for key in sorted(self.loose):
-            record = BlockRecord.from_json(store.read(key), f"{store.url}/{key}")
+            record = BlockRecord.from_json(store.read(key), key)
             self.places |= {(o.path, o.shard) for o in record.objects}
             self.sites |= set(record.statistics)
         widths = dict.fromkeys(self.sites, 1)
@@ -213,7 +213,7 @@ def _check_survivors(store: Store, plan: _Plan, removed: set[str]) -> None:
     for o in store.listing("_records"):
         if o.key in plan.records:
             continue
-        record = BlockRecord.from_json(store.read(o.key), f"{store.url}/{o.key}")
+        record = BlockRecord.from_json(store.read(o.key), o.key)
         keys = {f"{named.path}/c/{named.shard}{end}" for named in record.objects for end in ("", "/0")}
         if keys & removed:
             raise CorruptObject(

@@ -8,7 +8,7 @@ created, never changed. Specified in docs/format.md, "Manifest".
 import base64
 import hashlib
 import io
-import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -18,15 +18,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .codec import Statistics
+from .codec import Precision, Statistics
 from .errors import Conflict, CorruptObject, FormatError, NotADataset
 from .spec import FORMAT, canonical_json, digest
 from .store import Store
+from .untrusted import (
+    MAX_JSON_BYTES,
+    MAX_SEGMENT_BYTES,
+    check_manifest,
+    load_json,
+    read_parquet,
+    read_whole,
+)
 
 SPLITS = ("train", "validation", "test")
 
 _MAX_CHUNKS = 1 << 20
-_MAX_WIDTH = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ class BlockRecord:
             FormatError: not a record of a known format.
         """
         try:
-            value = json.loads(data)
+            value = load_json(data, key)
             check_format(value, key)
             return cls(
                 split=value["split"],
@@ -188,14 +195,11 @@ def write_segment(store: Store, records: Sequence[BlockRecord]) -> Segment:
 def read_segment_table(store: Store, key: str, sha256: str) -> pa.Table:
     """One parquet file of a segment, digest verified."""
     if not re.fullmatch(r"_segments/[0-9a-f]{16}-(objects|statistics)\.parquet", key):
-        raise FormatError(f"{store.url}: segment key {key!r} is not one that this format writes")
+        raise FormatError(f"{store.url}: segment key {key[:80]!r} is not one that this format writes")
     data = _read_committed(store, key)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise CorruptObject(f"{store.url}/{key} does not match its sha256; restore it or harvest again")
-    try:
-        return pq.read_table(io.BytesIO(data))
-    except pa.ArrowException as err:
-        raise FormatError(f"{store.url}/{key} is not a parquet file of this format: {err}") from err
+    return read_parquet(data, _OBJECTS if "-objects." in key else _STATISTICS, f"{store.url}/{key}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,7 +249,12 @@ def shard_tables(objects: pa.Table, split: str, n_shards: Mapping[str, int]) -> 
             )
         offset, nbytes, checksums = (a.reshape(n, width) for a in (offset, nbytes, checksums))
         size = taken["size_bytes"].to_numpy()
-        if n and ((offset < 0).any() or (nbytes < 0).any() or ((offset + nbytes) > size[:, None]).any()):
+        if n and (
+            (offset < 0).any()
+            or (nbytes < 0).any()
+            or (nbytes > size[:, None]).any()
+            or (offset > size[:, None] - nbytes).any()
+        ):
             raise FormatError(
                 f"a chunk of {path} lies outside its object; the manifest is damaged or hostile"
             )
@@ -260,6 +269,25 @@ def shard_tables(objects: pa.Table, split: str, n_shards: Mapping[str, int]) -> 
     return tables
 
 
+def check_chunks(table: ShardTable, array: Mapping[str, Any], where: str) -> None:
+    """Refuse a chunk table that is not of this array: its length, and sizes that no chunk can have.
+
+    Raises:
+        FormatError: names the array.
+    """
+    wanted = array["shard_rows"] // array["chunk_rows"]
+    if table.chunk_nbytes.shape[1] != wanted:
+        raise FormatError(
+            f"the chunk tables of {where} have {table.chunk_nbytes.shape[1]} entries, wanted {wanted}"
+        )
+    decoded = array["chunk_rows"] * math.prod(array["row"]) * array["dtype"].itemsize
+    largest = decoded + decoded // 128 + 1024  # more than any compressor makes of noise
+    if (table.chunk_nbytes > largest).any():
+        raise FormatError(
+            f"a chunk of {where} is said to have {table.chunk_nbytes.max()} bytes; {largest} is the most that it can"
+        )
+
+
 def statistics_of(table: pa.Table, split: str, site: str, n_blocks: int) -> list[Statistics]:
     """The statistics of a site's first `n_blocks` blocks, in block order, from a segment table."""
     chosen = pa.compute.and_(
@@ -267,7 +295,14 @@ def statistics_of(table: pa.Table, split: str, site: str, n_blocks: int) -> list
         pa.compute.less(table["block"], n_blocks),
     )
     by_block = {row["block"]: row for row in table.filter(chosen).to_pylist()}
-    return [_statistics_row(row) for _, row in sorted(by_block.items())]
+    if sorted(by_block) != list(range(len(by_block))) or len(by_block) != n_blocks:
+        raise FormatError(
+            f"the manifest lists statistics of {len(by_block)} blocks of {split}/{site}, wanted {n_blocks}"
+        )
+    try:
+        return [_statistics_row(row) for _, row in sorted(by_block.items())]
+    except ValueError as err:
+        raise FormatError(f"the statistics of {split}/{site} are damaged: {err}") from err
 
 
 def _statistics_row(row: Mapping[str, Any]) -> Statistics:
@@ -275,6 +310,8 @@ def _statistics_row(row: Mapping[str, Any]) -> Statistics:
         f.name: np.frombuffer(row[f.name], "<f8") if f.name.endswith("_D") else row[f.name]
         for f in fields(Statistics)
     }
+    if len({len(value) for name, value in values.items() if name.endswith("_D")}) != 1:
+        raise ValueError("arrays of different lengths")
     return Statistics(**values)
 
 
@@ -366,7 +403,7 @@ def read_manifest(store: Store, version: int | None = None) -> Manifest:
         )
     key = manifest_key(version)
     try:
-        data = store.read(key)
+        data = read_whole(store, key, MAX_JSON_BYTES)
     except FileNotFoundError:
         raise _no_such_version(store, version) from None
     manifest = parse_manifest(data, f"{store.url}/{key}")
@@ -379,22 +416,20 @@ def read_manifest(store: Store, version: int | None = None) -> Manifest:
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """Check and parse the bytes of a manifest; nothing in it is trusted before its shape is checked."""
-    try:
-        value = json.loads(data)
-    except ValueError as err:
-        raise FormatError(f"{where} is not JSON ({err}); the manifest is damaged") from err
+    value = load_json(data, where)
     check_format(value, where)
     stated = value.pop("digest", None)
     if stated != digest(value):
         raise CorruptObject(f"{where} does not match its digest; restore it, or pin an older version")
     value.pop("format")
     try:
+        check_manifest(value, SPLITS)
         value["sites"] = {_checked_site(s): SiteExtent(**e) for s, e in value["sites"].items()}
         value["segments"] = tuple(Segment(**s) for s in value["segments"])
         manifest = Manifest(**value)
         if manifest.id != digest(manifest.identity):
             raise ValueError("the id is not the digest of the identity")
-        _check_sizes(manifest)
+        Precision.parse(manifest.identity["precision"])
     except (TypeError, KeyError, ValueError, AttributeError) as err:
         raise FormatError(f"{where} is not a manifest of format {FORMAT}: {err}") from err
     return manifest
@@ -412,7 +447,7 @@ def commit_manifest(store: Store, manifest: Manifest) -> bool:
 def check_format(value: Any, where: str) -> None:
     """Refuse what is not an object of a format this version reads."""
     found = value.get("format") if isinstance(value, dict) else None
-    if not isinstance(found, int):
+    if type(found) is not int:
         raise FormatError(f"{where} states no format version; it is not an actcache object")
     if not 1 <= found <= FORMAT:
         raise FormatError(f"{where} holds format {found}; this reader knows 1-{FORMAT}. Upgrade actcache")
@@ -424,24 +459,9 @@ def _checked_site(site: str) -> str:
     return site
 
 
-def _check_sizes(manifest: Manifest) -> None:
-    """The sizes that a reader allocates by must be sane before it does."""
-    block_rows, chunk_rows = manifest.identity["block_rows"], manifest.identity["chunk_rows"]
-    if not (0 < chunk_rows <= block_rows <= 2**31 and block_rows % chunk_rows == 0):
-        raise ValueError(f"block_rows {block_rows} and chunk_rows {chunk_rows}")
-    for site, extent in manifest.sites.items():
-        if not (isinstance(extent.d_in, int) and 0 < extent.d_in <= _MAX_WIDTH):
-            raise ValueError(f"d_in {extent.d_in!r} of {site}")
-        if any(split not in SPLITS for split in extent.n_blocks):
-            raise ValueError(f"splits {sorted(extent.n_blocks)} of {site}")
-    for split, size in manifest.splits.items():
-        if split not in SPLITS or not 0 <= size["n_rows"] <= size["n_blocks"] * block_rows:
-            raise ValueError(f"size {size} of split {split!r}")
-
-
 def _read_committed(store: Store, key: str) -> bytes:
     try:
-        return store.read(key)
+        return read_whole(store, key, MAX_SEGMENT_BYTES)
     except FileNotFoundError:
         raise CorruptObject(
             f"{store.url}/{key} is missing although it was committed; restore it or harvest again"

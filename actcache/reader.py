@@ -16,11 +16,12 @@ import pyarrow as pa
 
 from .codec import Precision, decode, merge
 from .corpus import kept_tokens
-from .errors import CorruptObject, SpecError
+from .errors import CorruptObject, FormatError, SpecError
 from .layout import array_layout, calibration_key, n_shards, parse_calibration, site_rows
 from .manifest import (
     Manifest,
     ShardTable,
+    check_chunks,
     read_manifest,
     read_segment_table,
     shard_tables,
@@ -31,6 +32,7 @@ from .shard import decode_chunk, shard_key
 from .spec import nearest
 from .store import Store, open_store
 from .stream import Rows, Stream
+from .untrusted import MAX_CALIBRATION_BYTES, read_whole
 
 Index = slice | Sequence[int] | np.ndarray | int
 
@@ -132,11 +134,14 @@ class _Shared:
             return None
         key = calibration_key(site)
         try:
-            data = self.store.read(key)
+            data = read_whole(self.store, key, MAX_CALIBRATION_BYTES)
         except FileNotFoundError:
             raise CorruptObject(f"{self.store.url}/{key} is missing although it was committed") from None
-        sha256 = self.manifest.sites[site].calibration_sha256
-        return parse_calibration(data, f"{self.store.url}/{key}", sha256).offset_D
+        extent = self.manifest.sites[site]
+        offset_D = parse_calibration(data, f"{self.store.url}/{key}", extent.calibration_sha256).offset_D
+        if len(offset_D) != extent.d_in:
+            raise FormatError(f"{self.store.url}/{key} has {len(offset_D)} channels, wanted {extent.d_in}")
+        return offset_D
 
 
 class Dataset:
@@ -286,6 +291,7 @@ class Dataset:
         chosen = [sites] if isinstance(sites, str) else list(sites or self.sites)
         for site in chosen:
             self._checked(site)
+        _ = self._tables  # as in `_row_index`
         return Stream(
             self, chosen, batch_size, seed, epochs, rank, world_size, state, lanes, window, metadata
         )
@@ -306,9 +312,14 @@ class Dataset:
     @cached_property
     def _tables(self) -> dict[str, ShardTable]:
         counts = {f"{self.split_name}/{p}": n_shards(self.manifest, self.split_name, p) for p in self._layout}
-        return shard_tables(self._shared.objects, self.split_name, {p: n for p, n in counts.items() if n})
+        named = {p: n for p, n in counts.items() if n}
+        tables = shard_tables(self._shared.objects, self.split_name, named)
+        for path, table in tables.items():
+            check_chunks(table, self._layout[path.partition("/")[2]], f"{self.url}/{path}")
+        return tables
 
     def _row_index(self, index: Index, n: int) -> np.ndarray:
+        _ = self._tables  # the shards of n rows are listed: nothing is allocated by a manifest's word alone
         if isinstance(index, slice):
             return np.arange(*index.indices(n))
         rows = np.atleast_1d(np.asarray(index))

@@ -92,9 +92,12 @@ def decode_chunk(
             "and run the harvest again"
         )
     out = np.empty(tuple(shape), dtype)
-    if _frame_content_size(view) not in (None, out.nbytes):
+    if _frame_content_size(view) != out.nbytes:
         raise CorruptObject(f"{key}: a chunk decodes to another size than its {out.nbytes} bytes")
-    zstd.decompress(view[:-4], out)
+    try:
+        zstd.decompress(view[:-4], out)
+    except (RuntimeError, ValueError) as err:
+        raise CorruptObject(f"{key}: a chunk is no zstd frame of its {out.nbytes} bytes ({err})") from err
     return out
 
 
