@@ -5,13 +5,14 @@ two for each folder in it, whatever the datasets hold.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .errors import ActcacheError, NotADataset
 from .manifest import SPLITS, Manifest, latest_version, read_manifest
+from .spec import token_store_name
 from .store import Store, open_store
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def find(spec: "Spec", root: str, storage_options: Mapping[str, Any] | None = No
         SpecError, CorpusError: the Spec cannot be met as written.
         FormatError, CorruptObject: it is there and cannot be read.
     """
+    from .corpus import open_tokens
     from .driver import resolve
     from .reader import open_dataset
 
@@ -93,42 +95,40 @@ def find(spec: "Spec", root: str, storage_options: Mapping[str, Any] | None = No
         dataset = open_dataset(base.sub(name).url, storage_options=storage_options)
     except NotADataset:
         return None
-    have, wanted = coverage(dataset.manifest, spec, resolved.sites)
+    tokens = open_tokens(
+        base.sub(f"tokens/{token_store_name(resolved.identity['tokens'], spec.corpus.source)}")
+    )
+    rows = {split: tokens.n_rows(split) for split in SPLITS} if tokens else {}
+    have, wanted = coverage(dataset.manifest, spec, resolved.sites, rows)
     log.info("%s holds %d of the %d blocks asked for, over all sites", dataset.url, have, wanted)
     return dataset
 
 
-def coverage(manifest: Manifest, spec: "Spec", sites: tuple[str, ...]) -> tuple[int, int]:
-    """(blocks of the wanted sites that are committed, blocks wanted), summed over sites and splits.
+def coverage(
+    manifest: Manifest, spec: "Spec", sites: Sequence[str], n_rows: Mapping[str, int]
+) -> tuple[int, int]:
+    """(committed blocks that `spec` asks for, blocks that it asks for), summed over sites and splits.
 
-    A complete dataset has all that its corpus gives, so what it lacks of an extent that it was asked for
-    is not wanted.
+    Args:
+        manifest: of the dataset of `spec`.
+        spec: its extent counts.
+        sites: those of `spec` by name.
+        n_rows: by split, what the corpus gives; without it a Spec of more than that looks unfinished.
     """
-    limits = dict(zip(SPLITS, _wanted_blocks(manifest, spec), strict=True))
+    block_rows = manifest.identity["block_rows"]
+    limits = {
+        "train": -(-spec.n_tokens // block_rows),
+        "validation": spec.validation_blocks,
+        "test": spec.test_blocks,
+    }
     have = wanted = 0
-    for site in sites:
-        extent = manifest.sites.get(site)
-        for split, limit in limits.items():
-            wanted += limit
-            have += min(limit, extent.n_blocks.get(split, 0)) if extent else 0
+    for split, asked in limits.items():
+        limit = min(asked, -(-n_rows[split] // block_rows)) if split in n_rows else asked
+        wanted += limit * len(sites)
+        have += sum(
+            min(limit, manifest.sites[site].n_blocks[split]) for site in sites if site in manifest.sites
+        )
     return have, wanted
-
-
-def _wanted_blocks(manifest: Manifest, spec: "Spec") -> tuple[int, int, int]:
-    """Blocks of train, validation and test that `spec` asks for, bounded by the corpus where it is known."""
-    asked = (-(-spec.n_tokens // manifest.identity["block_rows"]), spec.validation_blocks, spec.test_blocks)
-    earlier = manifest.wanted
-    earlier_blocks = (
-        -(-earlier["n_tokens"] // manifest.identity["block_rows"]),
-        earlier["validation_blocks"],
-        earlier["test_blocks"],
-    )
-    bounded = []
-    for split, want, before in zip(SPLITS, asked, earlier_blocks, strict=True):
-        there = manifest.splits[split]["n_blocks"]
-        ends = manifest.complete and there < before  # the corpus ended before what was asked for
-        bounded.append(min(want, there) if ends else want)
-    return bounded[0], bounded[1], bounded[2]
 
 
 def list_datasets(root: str, storage_options: Mapping[str, Any] | None = None) -> list[Entry]:

@@ -31,9 +31,10 @@ from .manifest import (
     read_manifest,
     record_key,
 )
-from .progress import Progress
+from .progress import Progress, format_bytes
 from .spec import FORMAT, Spec, canonical_json, dataset_name, digest, shown_source
 from .store import Store, open_store
+from .untrusted import MAX_CHUNK_BYTES, readable_chunk
 
 if TYPE_CHECKING:
     from .reader import Dataset
@@ -106,6 +107,12 @@ def resolve(spec: Spec, storage_options: Mapping[str, Any] | None = None) -> Res
         "seed": spec.seed,
     }
     widths = {site: capture.site_width(skeleton, site) for site in sites}
+    for site, width in widths.items():
+        if not readable_chunk(chunk_rows, width):
+            raise SpecError(
+                f"chunk_rows is {chunk_rows}: chunks of {site}, {width} wide, would exceed the "
+                f"{format_bytes(MAX_CHUNK_BYTES)} that readers take. Lower it, or leave it out"
+            )
     return Resolved(spec, identity, widths, corpus, tokenizer)
 
 

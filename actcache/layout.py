@@ -7,7 +7,6 @@ Shapes: D = d_in.
 
 import base64
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -18,10 +17,11 @@ import pyarrow as pa
 
 from .codec import Calibration, Precision
 from .errors import Conflict, CorruptObject
-from .manifest import Manifest, check_format
+from .manifest import Manifest, parse_digested
 from .shard import array_metadata, group_metadata, shard_key
 from .spec import FORMAT, canonical_json, digest
 from .store import Store
+from .untrusted import MAX_CALIBRATION_BYTES, read_whole
 
 _SEQUENCE_CHUNK = 64
 _FILL = {"fvu": -128, "rotated": 65535, "bf16": 0x7FC0, "fp16": "NaN", "fp32": "NaN"}
@@ -233,11 +233,7 @@ def parse_calibration(data: bytes, where: str, sha256: str | None = None) -> tup
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise CorruptObject(f"{where} does not match its sha256; restore it or harvest again")
     try:
-        value = json.loads(data)
-        check_format(value, where)
-        stated = value.pop("digest", None)
-        if stated != digest(value):
-            raise CorruptObject(f"{where} does not match its digest; restore it or harvest again")
+        value = parse_digested(data, where, "Restore it, or harvest again")
         calibration = Calibration(
             offset_D=np.frombuffer(base64.b64decode(value["offset"]), "<f4"),
             median_D=np.frombuffer(base64.b64decode(value["median"]), "<f4"),
@@ -253,7 +249,7 @@ def parse_calibration(data: bytes, where: str, sha256: str | None = None) -> tup
 
 def _read(store: Store, key: str) -> bytes:
     try:
-        return store.read(key)
+        return read_whole(store, key, MAX_CALIBRATION_BYTES)
     except FileNotFoundError:
         raise CorruptObject(
             f"{store.url}/{key} is missing although it was committed; harvest again"

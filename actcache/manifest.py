@@ -8,8 +8,8 @@ created, never changed. Specified in docs/format.md, "Manifest".
 import base64
 import hashlib
 import io
-import json
 import logging
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,17 +20,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .codec import Precision
 from .errors import Conflict, CorruptObject, FormatError, NotADataset
 from .spec import FORMAT, canonical_json, digest
 from .statistics import Statistics
 from .store import Store
+from .untrusted import (
+    MAX_JSON_BYTES,
+    MAX_SEGMENT_BYTES,
+    check_manifest,
+    load_json,
+    read_parquet,
+    read_whole,
+)
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 
 _MAX_CHUNKS = 1 << 20
-_MAX_WIDTH = 1 << 24
 MAX_SHARDS = 1 << 24
 _READ_THREADS = 16
 
@@ -242,14 +250,11 @@ def store_segment(store: Store, objects: pa.Table, statistics: pa.Table, n_recor
 def read_segment_table(store: Store, key: str, sha256: str) -> pa.Table:
     """One parquet file of a segment, digest verified."""
     if not re.fullmatch(r"_segments/[0-9a-f]{16}-(objects|statistics)\.parquet", key):
-        raise FormatError(f"{store.url}: segment key {key!r} is not one that this format writes")
+        raise FormatError(f"{store.url}: segment key {key[:80]!r} is not one that this format writes")
     data = _read_committed(store, key)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise CorruptObject(f"{store.url}/{key} does not match its sha256; restore it or harvest again")
-    try:
-        return pq.read_table(io.BytesIO(data))
-    except pa.ArrowException as err:
-        raise FormatError(f"{store.url}/{key} is not a parquet file of this format: {err}") from err
+    return read_parquet(data, _OBJECTS if "-objects." in key else _STATISTICS, f"{store.url}/{key}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,7 +304,12 @@ def shard_tables(objects: pa.Table, split: str, n_shards: Mapping[str, int]) -> 
             )
         offset, nbytes, checksums = (a.reshape(n, width) for a in (offset, nbytes, checksums))
         size = taken["size_bytes"].to_numpy()
-        if n and ((offset < 0).any() or (nbytes < 0).any() or ((offset + nbytes) > size[:, None]).any()):
+        if n and (
+            (offset < 0).any()
+            or (nbytes < 0).any()
+            or (nbytes > size[:, None]).any()
+            or (offset > size[:, None] - nbytes).any()
+        ):
             raise FormatError(
                 f"a chunk of {path} lies outside its object; the manifest is damaged or hostile"
             )
@@ -314,6 +324,25 @@ def shard_tables(objects: pa.Table, split: str, n_shards: Mapping[str, int]) -> 
     return tables
 
 
+def check_chunks(table: ShardTable, array: Mapping[str, Any], where: str) -> None:
+    """Refuse a chunk table that is not of this array: its length, and sizes that no chunk can have.
+
+    Raises:
+        FormatError: names the array.
+    """
+    wanted = array["shard_rows"] // array["chunk_rows"]
+    if table.chunk_nbytes.shape[1] != wanted:
+        raise FormatError(
+            f"the chunk tables of {where} have {table.chunk_nbytes.shape[1]} entries, wanted {wanted}"
+        )
+    decoded = array["chunk_rows"] * math.prod(array["row"]) * array["dtype"].itemsize
+    largest = decoded + decoded // 128 + 1024  # more than any compressor makes of noise
+    if (table.chunk_nbytes > largest).any():
+        raise FormatError(
+            f"a chunk of {where} is said to have {table.chunk_nbytes.max()} bytes; {largest} is the most that it can"
+        )
+
+
 def statistics_of(table: pa.Table, split: str, site: str, n_blocks: int) -> list[Statistics]:
     """The statistics of a site's first `n_blocks` blocks, in block order, from a segment table."""
     chosen = pa.compute.and_(
@@ -321,7 +350,14 @@ def statistics_of(table: pa.Table, split: str, site: str, n_blocks: int) -> list
         pa.compute.less(table["block"], n_blocks),
     )
     by_block = {row["block"]: row for row in table.filter(chosen).to_pylist()}
-    return [statistics_row(row) for _, row in sorted(by_block.items())]
+    if sorted(by_block) != list(range(len(by_block))) or len(by_block) != n_blocks:
+        raise FormatError(
+            f"the manifest lists statistics of {len(by_block)} blocks of {split}/{site}, wanted {n_blocks}"
+        )
+    try:
+        return [statistics_row(row) for _, row in sorted(by_block.items())]
+    except ValueError as err:
+        raise FormatError(f"the statistics of {split}/{site} are damaged: {err}") from err
 
 
 def statistics_row(row: Mapping[str, Any]) -> Statistics:
@@ -330,6 +366,8 @@ def statistics_row(row: Mapping[str, Any]) -> Statistics:
         f.name: np.frombuffer(row[f.name], dtype) if (dtype := _ARRAYS.get(f.name[-2:])) else row[f.name]
         for f in fields(Statistics)
     }
+    if len({len(value) for name, value in values.items() if name.endswith("_D")}) != 1:
+        raise ValueError("arrays of different lengths")
     return Statistics(**values)
 
 
@@ -421,7 +459,7 @@ def read_manifest(store: Store, version: int | None = None) -> Manifest:
         )
     key = manifest_key(version)
     try:
-        data = store.read(key)
+        data = read_whole(store, key, MAX_JSON_BYTES)
     except FileNotFoundError:
         raise _no_such_version(store, version) from None
     manifest = parse_manifest(data, f"{store.url}/{key}")
@@ -437,12 +475,13 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     value = parse_digested(data, where, "Restore it, or pin an older version")
     value.pop("format")
     try:
+        check_manifest(value, SPLITS)
         value["sites"] = {_checked_site(s): SiteExtent(**e) for s, e in value["sites"].items()}
         value["segments"] = tuple(Segment(**s) for s in value["segments"])
         manifest = Manifest(**value)
         if manifest.id != digest(manifest.identity):
             raise ValueError("the id is not the digest of the identity")
-        _check_sizes(manifest)
+        Precision.parse(manifest.identity["precision"])
     except (TypeError, KeyError, ValueError, AttributeError) as err:
         raise FormatError(f"{where} is not a manifest of format {FORMAT}: {err}") from err
     return manifest
@@ -464,10 +503,7 @@ def parse_digested(data: bytes, where: str, remedy: str) -> dict[str, Any]:
         FormatError: of an unknown format.
         CorruptObject: not JSON, or not as its digest says.
     """
-    try:
-        value = json.loads(data)
-    except ValueError as err:
-        raise CorruptObject(f"{where} is damaged: not JSON ({err}). {remedy}") from err
+    value = load_json(data, where)
     check_format(value, where)
     try:
         canonical = canonical_json(value).encode()
@@ -482,7 +518,7 @@ def parse_digested(data: bytes, where: str, remedy: str) -> dict[str, Any]:
 def check_format(value: Any, where: str) -> None:
     """Refuse what is not an object of a format this version reads."""
     found = value.get("format") if isinstance(value, dict) else None
-    if not isinstance(found, int):
+    if type(found) is not int:
         raise FormatError(f"{where} states no format version; it is not an actcache object")
     if not 1 <= found <= FORMAT:
         raise FormatError(f"{where} holds format {found}; this reader knows 1-{FORMAT}. Upgrade actcache")
@@ -494,24 +530,9 @@ def _checked_site(site: str) -> str:
     return site
 
 
-def _check_sizes(manifest: Manifest) -> None:
-    """The sizes that a reader allocates by must be sane before it does."""
-    block_rows, chunk_rows = manifest.identity["block_rows"], manifest.identity["chunk_rows"]
-    if not (0 < chunk_rows <= block_rows <= 2**31 and block_rows % chunk_rows == 0):
-        raise ValueError(f"block_rows {block_rows} and chunk_rows {chunk_rows}")
-    for site, extent in manifest.sites.items():
-        if not (isinstance(extent.d_in, int) and 0 < extent.d_in <= _MAX_WIDTH):
-            raise ValueError(f"d_in {extent.d_in!r} of {site}")
-        if any(split not in SPLITS for split in extent.n_blocks):
-            raise ValueError(f"splits {sorted(extent.n_blocks)} of {site}")
-    for split, size in manifest.splits.items():
-        if split not in SPLITS or not 0 <= size["n_rows"] <= size["n_blocks"] * block_rows:
-            raise ValueError(f"size {size} of split {split!r}")
-
-
 def _read_committed(store: Store, key: str) -> bytes:
     try:
-        return store.read(key)
+        return read_whole(store, key, MAX_SEGMENT_BYTES)
     except FileNotFoundError:
         raise CorruptObject(
             f"{store.url}/{key} is missing although it was committed; restore it or harvest again"

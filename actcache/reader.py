@@ -17,11 +17,12 @@ import pyarrow as pa
 from .chunks import ChunkReader, Request
 from .codec import Calibration, Precision, decode
 from .corpus import kept_tokens
-from .errors import CorruptObject, SpecError
+from .errors import CorruptObject, FormatError, SpecError
 from .layout import array_layout, n_shards, read_calibration, site_rows
 from .manifest import (
     Manifest,
     ShardTable,
+    check_chunks,
     read_manifest,
     read_segment_table,
     shard_tables,
@@ -131,7 +132,14 @@ class _Shared:
             raise
 
     def _calibration(self, site: str) -> Calibration:
-        return read_calibration(self.store, site, self.manifest.sites[site].calibration_sha256)
+        extent = self.manifest.sites[site]
+        calibration = read_calibration(self.store, site, extent.calibration_sha256)
+        if len(calibration.offset_D) != extent.d_in:
+            raise FormatError(
+                f"{self.store.url}: the calibration of {site} has {len(calibration.offset_D)} channels, "
+                f"wanted {extent.d_in}"
+            )
+        return calibration
 
     def decode(
         self,
@@ -305,6 +313,7 @@ class Dataset:
         chosen = [sites] if isinstance(sites, str) else list(sites or self.sites)
         for site in chosen:
             self._checked(site)
+        _ = self._tables  # as in `_row_index`
         return Stream(
             self, chosen, batch_size, seed, epochs, rank, world_size, state, lanes, window, metadata
         )
@@ -326,13 +335,17 @@ class Dataset:
     def _tables(self) -> dict[str, ShardTable]:
         counts = n_shards(self.manifest, self.split_name)
         present = {f"{self.split_name}/{path}": n for path, n in counts.items() if n}
-        return shard_tables(self._shared.objects, self.split_name, present)
+        tables = shard_tables(self._shared.objects, self.split_name, present)
+        for path, table in tables.items():
+            check_chunks(table, self._layout[path.partition("/")[2]], f"{self.url}/{path}")
+        return tables
 
     @cached_property
     def _chunks(self) -> ChunkReader:
         return ChunkReader(self._shared.store, self.split_name, self._layout, self._tables)
 
     def _row_index(self, index: Index, n: int) -> np.ndarray:
+        _ = self._tables  # the shards of n rows are listed: nothing is allocated by a manifest's word alone
         if isinstance(index, slice):
             return np.arange(*index.indices(n))
         rows = np.atleast_1d(np.asarray(index))

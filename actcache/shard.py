@@ -113,14 +113,17 @@ def decode_chunk(
     out = np.empty(tuple(shape), dtype) if out is None else out
     frame = memoryview(payload)[:-4]
     stated = _blosc_content_size(frame) if by_column else _frame_content_size(frame)
-    if stated not in (None, out.nbytes):
+    if stated != out.nbytes:
         raise CorruptObject(f"{key}: a chunk decodes to another size than its {out.nbytes} bytes")
-    if by_column:
-        columns = np.empty(out.shape[::-1], dtype)
-        blosc.decompress(frame, columns)
-        _transposed(columns, out)
-    else:
-        zstd.decompress(frame, out)
+    try:
+        if by_column:
+            columns = np.empty(out.shape[::-1], dtype)
+            blosc.decompress(frame, columns)
+            _transposed(columns, out)
+        else:
+            zstd.decompress(frame, out)
+    except (RuntimeError, ValueError) as err:
+        raise CorruptObject(f"{key}: a chunk is no frame of its {out.nbytes} bytes ({err})") from err
     return out
 
 

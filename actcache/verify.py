@@ -253,9 +253,7 @@ class _Check:
         keys = [key for key in self.listed if key.startswith("_records/")]
         for key in keys:
             data = self._read(key)
-            record = (
-                None if data is None else self.attempt(lambda d=data, k=key: BlockRecord.from_json(d, k))
-            )
+            record = None if data is None else self.attempt(lambda d=data, k=key: BlockRecord.from_json(d, k))
             if record is None:
                 continue
             if record.key != key:

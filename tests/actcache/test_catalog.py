@@ -156,19 +156,19 @@ def test_find_reads_no_other_dataset(recorded, counted, tmp_path):
     assert find(replace(recorded.spec, seed=7), root) is None
 
 
-def test_find_says_how_much_of_the_extent_is_there(recorded, tmp_path):
-    store = open_store(str(tmp_path))
+def test_find_says_how_much_of_the_extent_is_there(recorded, tmp_path, caplog):
+    store = open_store(str(tmp_path / "dataset"))
+    asked = recorded.asking(n_tokens=1024, sites=SITES[:1], test_blocks=0).spec
     recorded.harvest(store, recorded.asking(n_tokens=1024, sites=SITES[:1], test_blocks=0))
     part = read_manifest(store)
-    assert coverage(part, recorded.asking(n_tokens=1024, sites=SITES[:1], test_blocks=0).spec, SITES[:1]) == (
-        2,
-        2,
-    )
-    assert coverage(part, recorded.spec, SITES) == (2, 10)
-    recorded.harvest(store, recorded.asking(n_tokens=10**9))
-    whole = read_manifest(store)
-    n, wanted = coverage(whole, replace(recorded.spec, n_tokens=10**9), SITES)
-    assert n == wanted  # the corpus has no more
+    assert coverage(part, asked, SITES[:1], {}) == (2, 2)
+    assert coverage(part, recorded.spec, SITES, {}) == (2, 10)
+    rows = {"train": 4000, "validation": 1, "test": 0}
+    assert coverage(part, replace(recorded.spec, n_tokens=10**9), SITES, rows) == (2, 10)
+    actcache.harvest(asked, str(tmp_path), progress=False)
+    with caplog.at_level("INFO"):
+        assert find(recorded.spec, str(tmp_path)) is not None
+    assert "holds 2 of the 10 blocks asked for" in caplog.text
 
 
 def test_the_command_line_lists_in_json_and_in_narrow_and_wide_terminals(manifest, tmp_path):

@@ -1,0 +1,317 @@
+"""Reading what a store holds without trusting it: JSON, Parquet and numbers, within limits.
+
+A dataset may come from anywhere, and its digests with it, so nothing here relies on a digest. What a
+file makes a reader allocate is bounded by the bytes that are really there, never by a number in it.
+Everything is refused by an ActcacheError that says why.
+"""
+
+import io
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .errors import CorruptObject, FormatError
+from .store import Store
+
+MAX_JSON_BYTES = 2**24
+"""Of a manifest or a token store's: a real one has some 400 bytes for each thousand blocks."""
+MAX_RECORD_BYTES = 2**28
+MAX_CALIBRATION_BYTES = 2**28
+MAX_SEGMENT_BYTES = 2**32
+MAX_CHUNK_BYTES = 2**28
+"""Of a decoded chunk; one of the default size has about 2^20."""
+MAX_BLOCKS = 2**24
+"""Of a split."""
+_FREE_BYTES, _EXPANSION = 2**26, 100
+"""A Parquet file may decode to 64 MiB and 100 times its size; those of real segments reach 20."""
+_MAX_TEXT = 2**16
+_MAX_DEPTH = 8
+
+
+def read_whole(store: Store, key: str, limit: int) -> bytes:
+    """All of an object of at most `limit` bytes.
+
+    Raises:
+        FileNotFoundError: no such object.
+        FormatError: it is longer.
+    """
+    data = store.read(key, 0, limit + 1)
+    if len(data) > limit:
+        raise FormatError(f"{store.url}/{key} has more than {limit} bytes; it is not one that actcache wrote")
+    return data
+
+
+def load_json(data: bytes, where: str) -> Any:
+    """JSON as this format writes it: no duplicate keys, NaN, infinity, lone surrogates or deep nesting.
+
+    Raises:
+        CorruptObject: anything else; says what, and where.
+    """
+
+    def refuse(what: str) -> Any:
+        raise ValueError(f"{what} is not allowed")
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(items)
+        if len(value) < len(items):
+            refuse("a key that is there twice")
+        return value
+
+    def number(text: str) -> float:
+        value = float(text)
+        return value if math.isfinite(value) else refuse(text[:40])
+
+    try:
+        value = json.loads(data, object_pairs_hook=pairs, parse_constant=refuse, parse_float=number)
+        json.dumps(value, ensure_ascii=False).encode()  # lone surrogates, and nesting that cannot be written
+    except (ValueError, RecursionError) as err:
+        raise CorruptObject(f"{where} is not JSON of this format ({err}); restore it") from err
+    return value
+
+
+# Manifests
+
+
+def check_manifest(value: Any, splits: tuple[str, ...]) -> None:
+    """Types and bounds of every field of a manifest that code relies on.
+
+    Raises:
+        ValueError: names the first field that is not what it must be.
+    """
+    identity = _mapping(value["identity"], "identity")
+    tokens = _mapping(identity["tokens"], "identity.tokens")
+    for name in ("id", "revision", "lm_dtype"):
+        _text(_mapping(identity["model"], "identity.model")[name], f"identity.model.{name}")
+    _text(identity["precision"], "identity.precision")
+    chunk_rows = _integer(identity["chunk_rows"], "identity.chunk_rows", 1, MAX_CHUNK_BYTES // 4)
+    block_rows = _integer(identity["block_rows"], "identity.block_rows", 1, 2**31)
+    if block_rows % chunk_rows:
+        raise ValueError(f"block_rows {block_rows} is not a multiple of chunk_rows {chunk_rows}")
+    _integer(identity["seed"], "identity.seed", -(2**63), 2**63)
+    _integer(tokens["vocab_size"], "identity.tokens.vocab_size", 1, 2**32)
+    _integer(tokens["context_size"], "identity.tokens.context_size", 1, MAX_CHUNK_BYTES // (64 * 4))
+    for i, token in enumerate(_sequence(tokens["special_token_ids"], "identity.tokens.special_token_ids")):
+        _integer(token, f"identity.tokens.special_token_ids[{i}]", 0, tokens["vocab_size"] - 1)
+    _integer(value["version"], "version", 1, 10**8 - 1)
+    _text(value["source"], "source")
+    if type(value["complete"]) is not bool:
+        raise ValueError(f"complete is {value['complete']!r}, wanted true or false")
+    for name in ("wanted", "fidelity", "provenance", "splits", "sites"):
+        _mapping(value[name], name)
+    if set(value["splits"]) != set(splits):
+        raise ValueError(f"splits are {sorted(value['splits'])[:5]}, wanted {', '.join(splits)}")
+    for split, size in value["splits"].items():
+        for name, number in _mapping(size, f"splits.{split}").items():
+            _integer(number, f"splits.{split}.{name}", 0, 2**53)
+        if size["n_blocks"] > MAX_BLOCKS or not size["n_rows"] <= size["n_blocks"] * block_rows:
+            raise ValueError(f"splits.{split} has {size['n_rows']} rows in {size['n_blocks']} blocks")
+    for site, extent in value["sites"].items():
+        width = _integer(_mapping(extent, f"sites.{site}")["d_in"], f"sites.{site}.d_in", 1, 2**24)
+        if not readable_chunk(chunk_rows, width):
+            raise ValueError(f"sites.{site} has chunks of {chunk_rows} rows of {width}: too large to read")
+        if set(_mapping(extent["n_blocks"], f"sites.{site}.n_blocks")) != set(splits):
+            raise ValueError(f"sites.{site}.n_blocks is not by split")
+        for split, n in extent["n_blocks"].items():
+            _integer(n, f"sites.{site}.n_blocks.{split}", 0, value["splits"][split]["n_blocks"])
+        _sha256(extent["calibration_sha256"], f"sites.{site}.calibration_sha256")
+    for i, segment in enumerate(_sequence(value["segments"], "segments")):
+        for name in ("objects", "statistics"):
+            _text(_mapping(segment, f"segments[{i}]")[name], f"segments[{i}].{name}")
+            _sha256(segment[f"{name}_sha256"], f"segments[{i}].{name}_sha256")
+        _integer(segment["n_records"], f"segments[{i}].n_records", 0, 2**53)
+    for site, figures in value["fidelity"].items():
+        for name, number in _mapping(figures, f"fidelity.{site}").items():
+            if type(number) not in (int, float, type(None)):
+                raise ValueError(f"fidelity.{site}.{name} is {_shown(number)}, wanted a number")
+
+
+def readable_chunk(chunk_rows: int, d_in: int) -> bool:
+    """Whether a chunk of a site is small enough, as float32, that readers take it."""
+    return 4 * chunk_rows * d_in <= MAX_CHUNK_BYTES
+
+
+def _integer(value: Any, what: str, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{what} is {_shown(value)}, wanted an integer in {low}..{high}")
+    return value
+
+
+def _text(value: Any, what: str) -> str:
+    """Text that can be shown: control characters would reach a terminal."""
+    if type(value) is not str or len(value) > _MAX_TEXT or not value.isprintable():
+        raise ValueError(f"{what} is {_shown(value)}, wanted printable text")
+    return value
+
+
+def _sha256(value: Any, what: str) -> None:
+    if type(value) is not str or not re.fullmatch("[0-9a-f]{64}", value):
+        raise ValueError(f"{what} is {_shown(value)}, wanted 64 hex digits")
+
+
+def _mapping(value: Any, what: str) -> Mapping[str, Any]:
+    if type(value) is not dict:
+        raise ValueError(f"{what} is {_shown(value)}, wanted an object")
+    return value
+
+
+def _sequence(value: Any, what: str) -> list[Any]:
+    if type(value) is not list:
+        raise ValueError(f"{what} is {_shown(value)}, wanted a list")
+    return value
+
+
+def _shown(value: Any) -> str:
+    if type(value) is int and abs(value) >= 2**63:
+        return "an integer beyond 64 bits"
+    return repr(value)[:60] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+
+
+# Parquet
+
+
+def read_parquet(data: bytes, schema: pa.Schema, where: str) -> pa.Table:
+    """The table in `data`, of exactly this schema and without nulls but in `constant`.
+
+    What it decodes to is bounded by the size of `data`: the headers of all pages are added up before
+    anything is decoded, and text and binary stay dictionaries until their lengths are added up.
+
+    Raises:
+        FormatError: not Parquet, another schema, or larger than its bytes can honestly be.
+    """
+    limit = _FREE_BYTES + _EXPANSION * len(data)
+    try:
+        file = pq.ParquetFile(io.BytesIO(data), memory_map=False)
+        if not file.schema_arrow.equals(schema):
+            raise FormatError(f"{where} has other columns than this format's")
+        _check_pages(data, file.metadata, limit)
+        texts = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_binary(f.type)]
+        table = pq.read_table(io.BytesIO(data), read_dictionary=texts)
+        for name in texts:
+            table = _expand(table, name, schema.field(name).type, limit)
+        table = table.select(schema.names).cast(schema)
+    except (pa.ArrowException, ValueError, OSError, IndexError, OverflowError) as err:
+        reason = str(err).splitlines()[0] if str(err) else type(err).__name__
+        raise FormatError(f"{where} is not a Parquet file of this format ({reason}); restore it") from err
+    for name in schema.names:
+        if name != "constant" and (table[name].null_count or _inner_nulls(table[name])):
+            raise FormatError(f"{where} has nulls in column {name}; it is not one that actcache wrote")
+    return table
+
+
+def _inner_nulls(column: pa.ChunkedArray) -> int:
+    if not pa.types.is_list(column.type):
+        return 0
+    return sum(chunk.values.null_count for chunk in column.chunks)
+
+
+def _expand(table: pa.Table, name: str, kind: pa.DataType, limit: int) -> pa.Table:
+    """The dictionary column as plain values, once their lengths are known to be bearable."""
+    column = table[name]
+    total = 0
+    for chunk in column.chunks:
+        if not isinstance(chunk, pa.DictionaryArray):
+            total += chunk.nbytes
+            continue
+        lengths = pa.compute.binary_length(chunk.dictionary)
+        total += pa.compute.sum(pa.compute.take(lengths, chunk.indices)).as_py() or 0
+    if total > limit:
+        raise ValueError(f"column {name} decodes to {total} bytes")
+    return table.set_column(table.schema.get_field_index(name), name, column.cast(kind))
+
+
+def _check_pages(data: bytes, metadata: Any, limit: int) -> None:
+    """Add up what the pages of all columns say they decode to, from their headers.
+
+    Raises:
+        ValueError: more than `limit` bytes, or pages that lie outside of the file.
+    """
+    if str(metadata.created_by).startswith("parquet-cpp version"):
+        raise ValueError("written by a version whose column sizes are wrong")
+    total = rows = 0
+    for g in range(metadata.num_row_groups):
+        group = metadata.row_group(g)
+        rows += group.num_rows
+        for c in range(group.num_columns):
+            column = group.column(c)
+            start = column.data_page_offset
+            if column.has_dictionary_page and column.dictionary_page_offset:
+                start = min(start, column.dictionary_page_offset)
+            end, values = start + column.total_compressed_size, 0
+            if not 0 <= start <= end <= len(data):
+                raise ValueError("a column lies outside of the file")
+            while start < end:
+                page, start = _read_struct(data, start, end)
+                size, packed = page.get(2), page.get(3)
+                if not isinstance(size, int) or not isinstance(packed, int) or size < 0 or packed < 0:
+                    raise ValueError("a page without sizes")
+                start += packed
+                if start > end:
+                    raise ValueError("a page lies outside of its column")
+                heads = [h for h in (page.get(5), page.get(7), page.get(8)) if isinstance(h, dict)]
+                n = max((h.get(1, 0) for h in heads), default=0)
+                if not isinstance(n, int) or n < 0:
+                    raise ValueError("a page with a negative number of values")
+                values += n if page.get(1) != 2 else 0  # not of a dictionary
+                total += size + 12 * n  # the value or index of each, and its levels
+                if total > limit:
+                    raise ValueError(f"its pages decode to more than {limit} bytes")
+            if values != column.num_values or values < group.num_rows:
+                raise ValueError(f"its pages hold {values} values, its footer says {column.num_values}")
+    if rows != metadata.num_rows or rows < 0:
+        raise ValueError(f"its row groups hold {rows} rows, its footer says {metadata.num_rows}")
+
+
+def _read_struct(data: bytes, at: int, end: int, depth: int = 0) -> tuple[dict[int, Any], int]:
+    """A struct in Thrift's compact protocol: its integers and structs by field number, and where it ends."""
+    if depth > _MAX_DEPTH:
+        raise ValueError("a page header that nests too deep")
+    fields: dict[int, Any] = {}
+    number = 0
+    while True:
+        if at >= end:
+            raise ValueError("a page header that does not end")
+        head = data[at]
+        at += 1
+        if head == 0:
+            return fields, at
+        kind, delta = head & 15, head >> 4
+        if delta:
+            number += delta
+        else:
+            number, at = _read_varint(data, at, end)
+        fields[number], at = _read_value(data, at, end, kind, depth)
+
+
+def _read_value(data: bytes, at: int, end: int, kind: int, depth: int) -> tuple[Any, int]:
+    if kind in (1, 2):  # booleans are in the type
+        return None, at
+    if kind == 3:
+        return None, at + 1
+    if kind in (4, 5, 6):
+        return _read_varint(data, at, end)
+    if kind == 7:
+        return None, at + 8
+    if kind == 8:
+        size, at = _read_varint(data, at, end, zigzag=False)
+        return None, at + size
+    if kind == 12:
+        return _read_struct(data, at, end, depth + 1)
+    raise ValueError("a page header with a collection in it")
+
+
+def _read_varint(data: bytes, at: int, end: int, *, zigzag: bool = True) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if at >= end or shift > 63:
+            raise ValueError("a page header that does not end")
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return (value >> 1) ^ -(value & 1) if zigzag else value, at
+        shift += 7
