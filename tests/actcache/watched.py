@@ -37,7 +37,11 @@ class DictStore(Store):
         return self.objects[key][start:stop]
 
     def listing(self, prefix: str) -> list[Listed]:
-        return [Listed(k, len(v)) for k, v in sorted(self.objects.items()) if k.startswith(f"{prefix}/")]
+        return [
+            Listed(k, len(v), 0.0)
+            for k, v in sorted(self.objects.items())
+            if not prefix or k.startswith(f"{prefix}/")
+        ]
 
     def folders(self, prefix: str = "") -> list[str]:
         return sorted({k.split("/")[0] for k in self.objects if "/" in k})
