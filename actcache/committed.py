@@ -230,7 +230,9 @@ class Committed:
 
     def _take_in(self, segment: Segment) -> None:
         """A segment of another run, or of one before; the blocks already known are passed over."""
-        objects = read_segment_table(self.store, segment.objects, segment.objects_sha256)
+        objects = read_segment_table(
+            self.store, segment.objects, segment.objects_sha256, ("path", "shard", "size_bytes")
+        )
         for path, (shards, sizes) in object_sizes(objects).items():
             self._sizes.setdefault(path, _Sizes()).put(shards, sizes)
         table = read_segment_table(self.store, segment.statistics, segment.statistics_sha256)

@@ -237,15 +237,15 @@ def store_segment(store: Store, objects: pa.Table, statistics: pa.Table, n_recor
     return Segment(keys[0], keys[1], digests[0], digests[1], n_records)
 
 
-def read_segment_table(store: Store, key: str, sha256: str) -> pa.Table:
-    """One parquet file of a segment, digest verified."""
+def read_segment_table(store: Store, key: str, sha256: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """One parquet file of a segment (all columns unless told), digest verified."""
     if not re.fullmatch(r"_segments/[0-9a-f]{16}-(objects|statistics)\.parquet", key):
         raise FormatError(f"{store.url}: segment key {key!r} is not one that this format writes")
     data = _read_committed(store, key)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise CorruptObject(f"{store.url}/{key} does not match its sha256; restore it or harvest again")
     try:
-        return pq.read_table(io.BytesIO(data))
+        return pq.read_table(io.BytesIO(data), columns=list(columns) if columns else None)
     except pa.ArrowException as err:
         raise FormatError(f"{store.url}/{key} is not a parquet file of this format: {err}") from err
 
