@@ -172,7 +172,7 @@ def read_records(store: Store, known: Collection[str] = ()) -> list[BlockRecord]
 
 # Segments
 
-_OBJECTS = pa.schema(
+OBJECTS = pa.schema(
     [
         ("split", pa.string()),
         ("block", pa.int64()),
@@ -186,7 +186,7 @@ _OBJECTS = pa.schema(
         ("constant", pa.float64()),
     ]
 )
-_STATISTICS = pa.schema(
+STATISTICS = pa.schema(
     [("split", pa.string()), ("block", pa.int64()), ("site", pa.string()), ("sites", pa.string())]
     + [("n_sequences", pa.int64())]
     + [
@@ -220,7 +220,7 @@ def write_segment(store: Store, records: Sequence[BlockRecord]) -> Segment:
                 value = getattr(s, f.name)
                 row[f.name] = value.astype("<f8").tobytes() if f.name.endswith("_D") else value
             statistics.append(row)
-    tables = (pa.Table.from_pylist(objects, _OBJECTS), pa.Table.from_pylist(statistics, _STATISTICS))
+    tables = (pa.Table.from_pylist(objects, OBJECTS), pa.Table.from_pylist(statistics, STATISTICS))
     return store_segment(store, *tables, len(records))
 
 

@@ -19,6 +19,8 @@ from .corpus import kept_tokens
 from .errors import CorruptObject, SpecError
 from .layout import array_layout, calibration_key, n_shards, parse_calibration, site_rows
 from .manifest import (
+    OBJECTS,
+    STATISTICS,
     Manifest,
     ShardTable,
     read_manifest,
@@ -114,15 +116,15 @@ class _Shared:
 
     @cached_property
     def objects(self) -> pa.Table:
-        return pa.concat_tables(
-            read_segment_table(self.store, s.objects, s.objects_sha256) for s in self.manifest.segments
-        )
+        tables = [read_segment_table(self.store, s.objects, s.objects_sha256) for s in self.manifest.segments]
+        return pa.concat_tables(tables) if tables else OBJECTS.empty_table()
 
     @cached_property
     def statistics(self) -> pa.Table:
-        return pa.concat_tables(
+        tables = [
             read_segment_table(self.store, s.statistics, s.statistics_sha256) for s in self.manifest.segments
-        )
+        ]
+        return pa.concat_tables(tables) if tables else STATISTICS.empty_table()
 
     def _offset(self, site: str) -> np.ndarray | None:
         if not self.precision.quantised:
