@@ -98,7 +98,8 @@ class Committed:
         for site, statistics in record.statistics.items():
             if record.block not in (runs := self._runs_of(record.split, site)).blocks:
                 runs.add(record.block, [statistics])
-        self.loose.append(record)
+        if record.key not in self._compacted:
+            self.loose.append(record)
 
     def missing(self) -> list[tuple[str, int, tuple[str, ...]]]:
         """(split, block, sites) of what is wanted and not committed, held-out splits first."""
