@@ -98,7 +98,8 @@ class Committed:
         for site, statistics in record.statistics.items():
             if record.block not in (runs := self._runs_of(record.split, site)).blocks:
                 runs.add(record.block, [statistics])
-        self.loose.append(record)
+        if record.key not in self._compacted:
+            self.loose.append(record)
 
     def missing(self) -> list[tuple[str, int, tuple[str, ...]]]:
         """(split, block, sites) of what is wanted and not committed, held-out splits first."""
@@ -230,7 +231,9 @@ class Committed:
 
     def _take_in(self, segment: Segment) -> None:
         """A segment of another run, or of one before; the blocks already known are passed over."""
-        objects = read_segment_table(self.store, segment.objects, segment.objects_sha256)
+        objects = read_segment_table(
+            self.store, segment.objects, segment.objects_sha256, ("path", "shard", "size_bytes")
+        )
         for path, (shards, sizes) in object_sizes(objects).items():
             self._sizes.setdefault(path, _Sizes()).put(shards, sizes)
         table = read_segment_table(self.store, segment.statistics, segment.statistics_sha256)

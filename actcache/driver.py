@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 3
 """Times a block is tried before it is set aside and the rest finished."""
 _COMPACT_EVERY_S = 60.0
+_COMPACT_EVERY_SHARE = (
+    0.01  # of the time run: a month is then 700 versions, one page of a listing, not 43,000
+)
 _COMPACT_EVERY_BLOCKS = 1000
 
 
@@ -253,7 +256,7 @@ def _run(
             rows_done += record.n_rows
             bar.advance(record.n_rows, out=_bits_per_value(record))
             now = time.monotonic()
-            if now - last_compact > _COMPACT_EVERY_S or len(state.loose) >= _COMPACT_EVERY_BLOCKS:
+            if _version_due(now - last_compact, now - begun, len(state.loose)):
                 state.commit({}, {})
                 _write_metadata(state.store, derived)
                 last_compact = now
@@ -274,6 +277,11 @@ def _run(
             f"{len(failed)} of {len(missing)} blocks failed ({names}{more}): {failed[0][1]}. "
             "The rest is committed; run the same command again to retry these"
         ) from failed[0][1]
+
+
+def _version_due(waited_s: float, run_s: float, n_loose: int) -> bool:
+    """Whether to commit a version `waited_s` after the last, `run_s` into the run."""
+    return n_loose >= _COMPACT_EVERY_BLOCKS or waited_s > max(_COMPACT_EVERY_S, _COMPACT_EVERY_SHARE * run_s)
 
 
 def _with_attempts(pool: "Engine", units: Iterable[Unit]) -> Iterator[tuple[Unit, bytes | BaseException]]:

@@ -180,7 +180,7 @@ def read_records(store: Store, known: Collection[str] = ()) -> list[BlockRecord]
 
 # Segments
 
-_OBJECTS = pa.schema(
+OBJECTS = pa.schema(
     [
         ("split", pa.string()),
         ("block", pa.int64()),
@@ -196,7 +196,7 @@ _OBJECTS = pa.schema(
 )
 _ARRAYS = {"_D": np.dtype("<f8"), "_K": np.dtype("<i8")}
 """Dtype of a statistic that is an array, by the end of its name."""
-_STATISTICS = pa.schema(
+STATISTICS = pa.schema(
     [("split", pa.string()), ("block", pa.int64()), ("site", pa.string()), ("sites", pa.string())]
     + [("n_sequences", pa.int64())]
     + [
@@ -230,7 +230,7 @@ def write_segment(store: Store, records: Sequence[BlockRecord]) -> Segment:
                 value = getattr(s, f.name)
                 row[f.name] = _array_bytes(f.name, value) if f.name[-2:] in _ARRAYS else value
             statistics.append(row)
-    tables = (pa.Table.from_pylist(objects, _OBJECTS), pa.Table.from_pylist(statistics, _STATISTICS))
+    tables = (pa.Table.from_pylist(objects, OBJECTS), pa.Table.from_pylist(statistics, STATISTICS))
     return store_segment(store, *tables, len(records))
 
 
@@ -247,14 +247,15 @@ def store_segment(store: Store, objects: pa.Table, statistics: pa.Table, n_recor
     return Segment(keys[0], keys[1], digests[0], digests[1], n_records)
 
 
-def read_segment_table(store: Store, key: str, sha256: str) -> pa.Table:
-    """One parquet file of a segment, digest verified."""
+def read_segment_table(store: Store, key: str, sha256: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """One parquet file of a segment (all columns unless told), digest verified."""
     if not re.fullmatch(r"_segments/[0-9a-f]{16}-(objects|statistics)\.parquet", key):
         raise FormatError(f"{store.url}: segment key {key[:80]!r} is not one that this format writes")
     data = _read_committed(store, key)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise CorruptObject(f"{store.url}/{key} does not match its sha256; restore it or harvest again")
-    return read_parquet(data, _OBJECTS if "-objects." in key else _STATISTICS, f"{store.url}/{key}")
+    schema = OBJECTS if "-objects." in key else STATISTICS
+    return read_parquet(data, schema, f"{store.url}/{key}", columns)
 
 
 @dataclass(frozen=True, eq=False)

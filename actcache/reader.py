@@ -20,6 +20,8 @@ from .corpus import kept_tokens
 from .errors import CorruptObject, FormatError, SpecError
 from .layout import array_layout, n_shards, read_calibration, site_rows
 from .manifest import (
+    OBJECTS,
+    STATISTICS,
     Manifest,
     ShardTable,
     check_chunks,
@@ -118,15 +120,16 @@ class _Shared:
 
     @cached_property
     def objects(self) -> pa.Table:
-        return self._tables([(s.objects, s.objects_sha256) for s in self.manifest.segments])
+        return self._tables([(s.objects, s.objects_sha256) for s in self.manifest.segments], OBJECTS)
 
     @cached_property
     def statistics(self) -> pa.Table:
-        return self._tables([(s.statistics, s.statistics_sha256) for s in self.manifest.segments])
+        return self._tables([(s.statistics, s.statistics_sha256) for s in self.manifest.segments], STATISTICS)
 
-    def _tables(self, files: Sequence[tuple[str, str]]) -> pa.Table:
+    def _tables(self, files: Sequence[tuple[str, str]], schema: pa.Schema) -> pa.Table:
         try:
-            return pa.concat_tables(read_segment_table(self.store, key, sha256) for key, sha256 in files)
+            tables = [read_segment_table(self.store, key, sha256) for key, sha256 in files]
+            return pa.concat_tables([schema.empty_table(), *tables])
         except CorruptObject:
             read_manifest(self.store, self.manifest.version)  # says so if gc removed the pinned version
             raise

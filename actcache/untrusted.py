@@ -9,7 +9,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -174,8 +174,10 @@ def _shown(value: Any) -> str:
 # Parquet
 
 
-def read_parquet(data: bytes, schema: pa.Schema, where: str) -> pa.Table:
-    """The table in `data`, of exactly this schema and without nulls but in `constant`.
+def read_parquet(
+    data: bytes, schema: pa.Schema, where: str, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """The table in `data`, of exactly this schema and without nulls but in `constant`; all columns unless told.
 
     What it decodes to is bounded by the size of `data`: the headers of all pages are added up before
     anything is decoded, and text and binary stay dictionaries until their lengths are added up.
@@ -189,8 +191,9 @@ def read_parquet(data: bytes, schema: pa.Schema, where: str) -> pa.Table:
         if not file.schema_arrow.equals(schema):
             raise FormatError(f"{where} has other columns than this format's")
         _check_pages(data, file.metadata, limit)
+        schema = schema if columns is None else pa.schema([schema.field(name) for name in columns])
         texts = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_binary(f.type)]
-        table = pq.read_table(io.BytesIO(data), read_dictionary=texts)
+        table = pq.read_table(io.BytesIO(data), columns=schema.names, read_dictionary=texts)
         for name in texts:
             table = _expand(table, name, schema.field(name).type, limit)
         table = table.select(schema.names).cast(schema)

@@ -37,23 +37,20 @@ class Nursery:
         self._process.stdout.close()
         self._process.wait(30)
 
-    def harvest(
-        self,
-        url: str,
-        pattern: str = "",
-        when: str = "before",
-        n: int = 0,
-        *,
-        storage_options: dict[str, Any] | None = None,
-        **extent: Any,
-    ) -> int:
+    def harvest(self, url: str, pattern: str = "", when: str = "before", n: int = 0, **extent: Any) -> int:
         """Exit status of a harvest into `url`: -9 if it was killed at the n-th operation that matches."""
+        return self.harvest_together(url, [{"pattern": pattern, "when": when, "n": n, "extent": extent}])[0]
+
+    def harvest_together(
+        self, url: str, runs: list[dict[str, Any]], storage_options: dict[str, Any] | None = None
+    ) -> list[int]:
+        """Exit statuses of several at once, each of `extent` and perhaps `pattern`, `when` and `n`."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        request = {"url": url, "pattern": pattern, "when": when, "n": n, "extent": extent}
-        self._process.stdin.write(json.dumps(request | {"options": storage_options}) + "\n")
+        request = {"url": url, "options": storage_options, "runs": runs}
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        return int(self._process.stdout.readline())
+        return [int(status) for status in json.loads(self._process.stdout.readline())]
 
 
 def _serve(pickled: Path) -> None:
@@ -62,27 +59,34 @@ def _serve(pickled: Path) -> None:
     driver._COMPACT_EVERY_BLOCKS = 1  # a version for each block
     recorded = pickle.loads(pickled.read_bytes())
     for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            try:
-                _harvest(recorded, json.loads(line))
-            except BaseException as err:
-                print(f"{type(err).__name__}: {err}", file=sys.stderr, flush=True)
-                os._exit(1)
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        request = json.loads(line)
+        children = [_child(recorded, request["url"], request["options"], run) for run in request["runs"]]
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps(statuses), flush=True)
 
 
-def _harvest(recorded: Any, request: dict[str, Any]) -> None:
+def _child(recorded: Any, url: str, options: dict[str, Any] | None, run: dict[str, Any]) -> int:
+    """Id of a process that harvests."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        _harvest(recorded, url, options, run)
+    except BaseException as err:
+        print(f"{type(err).__name__}: {err}", file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+
+def _harvest(recorded: Any, url: str, options: dict[str, Any] | None, run: dict[str, Any]) -> None:
     from watched import KilledAt
 
     from actcache.store import open_store
 
-    store: Any = open_store(request["url"], request["options"])
-    if request["pattern"]:
-        store = KilledAt(store, request["n"], request["pattern"], request["when"])
-    recorded.harvest(store, recorded.asking(**request["extent"]))
+    store: Any = open_store(url, options)
+    if run.get("pattern"):
+        store = KilledAt(store, run["n"], run["pattern"], run["when"])
+    recorded.harvest(store, recorded.asking(**run["extent"]))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from tiny_harvest import SITES as TINY_SITES
 from watched import DictStore, Watched
 
 from actcache.committed import _Runs
+from actcache.driver import _version_due
+from actcache.errors import SpecError
 from actcache.layout import n_shards
 from actcache.manifest import (
     SPLITS,
@@ -291,6 +293,27 @@ def test_a_run_whose_loss_was_never_measured_is_not_covered():
     assert state.unmeasured() == list(SITES)
     assert state.commit({SITES[0]: LOSSES}, {}).fidelity[SITES[0]]["ce_change"] == LOSSES["ce_change"]
     assert state.unmeasured() == [SITES[1]]
+
+
+def test_a_month_makes_fewer_versions_than_one_page_of_a_listing_holds():
+    now, last, versions = 0.0, 0.0, 0
+    while now < 30 * 86_400:
+        now += 10
+        if _version_due(now - last, now, 1):
+            last, versions = now, versions + 1
+    assert 500 < versions < 1000
+    assert _version_due(1, 86_400, 1000)
+
+
+def test_a_version_without_a_block_reads_as_empty():
+    """As the first run leaves it if every block of it failed."""
+    synthetic, store = Synthetic(16, **SHAPE), DictStore()
+    synthetic.calibrate(store)
+    synthetic.committed(store, train=1).commit({}, {})
+    dataset = opened(store)
+    assert dataset.n_rows == dataset.size_bytes() == 0
+    with pytest.raises(SpecError, match="holds no rows"):
+        dataset.stream(SITES)
 
 
 def test_one_block_named_by_two_records_counts_once_through_merged_segments():

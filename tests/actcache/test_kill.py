@@ -206,3 +206,27 @@ def test_two_processes_of_one_spec_killed_and_finished_make_one_dataset(
     check_what_is_visible(url, whole)
     shards = {key: data for key, data in stored(url).items() if not key.startswith("_records/")}
     assert shards == {key: data for key, data in files.items() if not key.startswith("_records/")}
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_processes_that_extend_one_dataset_at_once_make_the_same_one(
+    recorded, nursery, undisturbed, tmp_path, killed
+):
+    """One wants more sites, one more tokens, one both; all are told that they have what they asked for."""
+    files, whole = undisturbed
+    runs = [
+        {"extent": EXTENT | {"sites": SITES[:1]}},
+        {"extent": EXTENT | {"n_tokens": 1024}},
+        {"extent": EXTENT},
+    ]
+    if killed:
+        runs.append({"extent": EXTENT, "pattern": "create .*", "when": "after", "n": 35})
+    for i in range(2):
+        url = str(tmp_path / str(i))
+        assert nursery.harvest_together(url, runs) in ([0, 0, 0], [0, 0, 0, -9], [0, 0, 0, 0])
+        check_what_is_visible(url, whole)
+        manifest = actcache.open(url).manifest
+        assert manifest.complete
+        assert manifest.wanted == {site: {"train": 2, "validation": 1, "test": 0} for site in SITES}
+        shards = {key: data for key, data in stored(url).items() if not key.startswith("_records/")}
+        assert shards == {key: data for key, data in files.items() if not key.startswith("_records/")}
