@@ -80,14 +80,48 @@ print(rows, ds.read(sys.argv[2], [0]).shape[1], len(ds.context(0)))
 """
 
 
-def test_base_install_reads_without_torch_or_ray(harvested, tmp_path):
-    dataset, site, _ = harvested
-    source = tmp_path / "source"  # a copy: building leaves its files in the tree
+@pytest.fixture(scope="module")
+def base_python(tmp_path_factory):
+    """The python of an environment that holds only the base install."""
+    directory = tmp_path_factory.mktemp("base")
+    source = directory / "source"  # a copy: building leaves its files in the tree
     for name in ("actcache", "sae", "cluster"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    python = make_venv(tmp_path / "venv", str(source))
+    return make_venv(directory / "venv", str(source))
+
+
+def test_readme_block_reads_from_s3_in_the_base_install(harvested, base_python, s3, tmp_path):
+    """README's "Read from another project", as it stands but for the URL, the credentials and the site."""
+    from tiny_harvest import tiny_spec
+
+    import actcache
+
+    _, site, _ = harvested
+    spec = tiny_spec(tmp_path, n_tokens=1024)
+    dataset = actcache.harvest(spec, "s3://bucket/readme", storage_options=s3, progress=False)
+    section = (ROOT / "README.md").read_text().split("## Read from another project")[1].split("\n## ")[0]
+    code = section.split("```python\n")[1].split("```")[0]
+    opened = 'actcache.open("data/NAME")'
+    assert opened in code
+    code = code.replace(opened, f"actcache.open({dataset.url!r}, storage_options={s3!r})")
+    code = code.replace("blocks.3.hook_resid_post", site)
+    absent = "import importlib.util\n" + "".join(
+        f"assert importlib.util.find_spec({name!r}) is None\n" for name in ("torch", "ray", "transformers")
+    )
+    shown = f"print(ds.read({site!r}, [5, 17, 1_000]).sum(), acts.shape[1], int(row.sequence[0]))\n"
+    command = [base_python, "-W", "error", "-c", absent + code + shown]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    total, width, sequence = done.stdout.split()
+    assert float(total) == pytest.approx(float(dataset.read(site, [5, 17, 1_000]).sum()), rel=1e-6)
+    assert (int(width), int(sequence)) == (32, int(dataset.rows([17]).sequence[0]))
+
+
+def test_base_install_reads_without_torch_or_ray(harvested, base_python, tmp_path):
+    dataset, site, _ = harvested
+    python = base_python
     command = [python, "-W", "error", "-c", BASE_READER, dataset.url, site]
     out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
     assert out.split() == [str(dataset.n_rows), "32", "16"]
