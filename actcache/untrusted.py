@@ -108,6 +108,8 @@ def check_manifest(value: Any, splits: tuple[str, ...]) -> None:
     for split, size in value["splits"].items():
         for name, number in _mapping(size, f"splits.{split}").items():
             _integer(number, f"splits.{split}.{name}", 0, 2**53)
+        if not {"n_blocks", "n_rows", "n_sequences"} <= size.keys():
+            raise ValueError(f"splits.{split} lacks n_blocks, n_rows or n_sequences")
         if size["n_blocks"] > MAX_BLOCKS or not size["n_rows"] <= size["n_blocks"] * block_rows:
             raise ValueError(f"splits.{split} has {size['n_rows']} rows in {size['n_blocks']} blocks")
     for site, extent in value["sites"].items():

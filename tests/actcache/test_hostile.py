@@ -1,10 +1,12 @@
 """A dataset made to harm its reader is refused with a reason: its digests are all right, its numbers lie."""
 
 import contextlib
+import copy
 import hashlib
 import io
 import json
 import os
+import random
 import re
 import struct
 import subprocess
@@ -33,12 +35,19 @@ from actcache.untrusted import _FREE_BYTES, load_json, read_parquet
 MANIFEST = manifest_key(1)
 
 
+class Objects(dict):
+    """Objects by key; Hypothesis shows the arguments of a failing test."""
+
+    def __repr__(self):
+        return f"{len(self)} objects"
+
+
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
     """The objects of a real dataset, by key."""
     store = open_store(f"memory://{tmp_path_factory.mktemp('hostile').name}")
     Recorded(tmp_path_factory.mktemp("recorded")).harvest(store)
-    return {o.key: store.read(o.key) for o in store.listing("")}
+    return Objects({o.key: store.read(o.key) for o in store.listing("")})
 
 
 @pytest.fixture(scope="module")
@@ -222,17 +231,10 @@ def test_an_endless_manifest_is_not_read_to_its_end(template):
         placed("memory://hostile-long", template, **{MANIFEST: data})
 
 
-def json_values():
-    scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-    extremes = (
-        st.sampled_from([2**62, -(2**63), 2**1000, 1.0, "../x", "", 0, -1])
-        | st.builds(list)
-        | st.builds(dict)
-    )
-    nested = st.recursive(
-        scalars, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3)
-    )
-    return scalars | extremes | nested
+VALUES = (
+    None, True, False, 0, 1, -1, 3, 2**31, 2**62, -(2**63), 2**1000, 0.5, 1.0, 1e300, float("nan"), float("inf"),
+    "", "x", "../x", "/etc/passwd", "train", "\ud800", "\x1b[2J", "0" * 64, [], {}, [0], [[]], {"": None}, {"a": {"b": 1}},
+)  # fmt: skip
 
 
 def paths_of(value, at=()):
@@ -242,23 +244,23 @@ def paths_of(value, at=()):
         yield from paths_of(inner, (*at, key))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_a_mutated_manifest_reads_the_same_or_is_refused(template, rows, data):
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_a_mutated_manifest_reads_the_same_or_is_refused(template, rows, seed):
+    rng = random.Random(seed)
     value = json.loads(template[MANIFEST])
-    for _ in range(data.draw(st.integers(1, 3))):
-        paths = [p for p in paths_of(value) if p]
-        path = data.draw(st.sampled_from(paths))
+    for _ in range(rng.randint(1, 3)):
+        path = rng.choice([p for p in paths_of(value) if p])
         at = value
         for part in path[:-1]:
             at = at[part]
-        action = data.draw(st.sampled_from(["set", "remove", "rename"]))
+        action = rng.choice(["set", "set", "remove", "rename"])
         if action == "set":
-            at[path[-1]] = data.draw(json_values())
+            at[path[-1]] = copy.deepcopy(rng.choice(VALUES))
         elif action == "remove" or isinstance(at, list):
             del at[path[-1]]
         else:
-            at[data.draw(st.text(max_size=6))] = at.pop(path[-1])
+            at[rng.choice(["", "x", "train", "d_in", "../x"])] = at.pop(path[-1])
     try:
         dataset = placed("memory://hostile-mutated", template, **{MANIFEST: resealed(value)})
         found = dataset.read(SITES[0], slice(None))
