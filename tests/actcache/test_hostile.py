@@ -244,7 +244,7 @@ def paths_of(value, at=()):
         yield from paths_of(inner, (*at, key))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_a_mutated_manifest_reads_the_same_or_is_refused(template, rows, seed):
     rng = random.Random(seed)
@@ -378,6 +378,7 @@ def bombs(objects):
     yield "text", parquet(few.set_column(2, "sites", text))
 
 
+@pytest.mark.slow
 def test_parquet_bombs_are_refused_before_they_are_decoded(template):
     for name, data in bombs(table_of(template, "objects")):
         assert len(data) < 2**20, name
@@ -404,6 +405,7 @@ def test_a_segment_with_changed_bytes_parses_or_is_refused(template, data):
     assert table.schema.equals(schema)
 
 
+@pytest.mark.slow
 def test_memory_stays_bounded_whatever_the_numbers_say(template, tmp_path):
     """The whole of a hostile reading in a process that may not have more than 1 GiB above what it started with."""
     store = open_store(str(tmp_path))
