@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .codec import Precision
@@ -280,25 +281,25 @@ def shard_tables(objects: pa.Table, split: str, n_shards: Mapping[str, int]) -> 
     Raises:
         FormatError: a shard is missing, or a chunk table is not of one length or absurd.
     """
-    split_rows = objects.filter(pa.compute.equal(objects["split"], split))
+    split_rows = objects.filter(pc.equal(objects["split"], split))
     tables = {}
     for path, n in n_shards.items():
-        rows = split_rows.filter(pa.compute.equal(split_rows["path"], path)).combine_chunks()
+        rows = split_rows.filter(pc.equal(split_rows["path"], path)).combine_chunks()
         shards, first = np.unique(rows["shard"].to_numpy(), return_index=True)
         if len(shards) < n or not np.array_equal(shards[:n], np.arange(n)):
             raise FormatError(
                 f"the manifest lists {len(shards)} shards of {path}; {n} are committed. Harvest again"
             )
         taken = rows.take(pa.array(first[:n]))
-        widths = pa.compute.list_value_length(taken["chunk_offset"]).to_numpy()
+        widths = pc.list_value_length(taken["chunk_offset"]).to_numpy()
         width = int(widths[0]) if n else 0
         if n and (width > _MAX_CHUNKS or width < 1 or (widths != width).any()):
             raise FormatError(
                 f"the chunk tables of {path} have {widths.min()}..{widths.max()} entries; wanted one length"
             )
-        offset = pa.compute.list_flatten(taken["chunk_offset"]).to_numpy()
-        nbytes = pa.compute.list_flatten(taken["chunk_nbytes"]).to_numpy()
-        checksums = pa.compute.list_flatten(taken["chunk_crc32c"]).to_numpy()
+        offset = pc.list_flatten(taken["chunk_offset"]).to_numpy()
+        nbytes = pc.list_flatten(taken["chunk_nbytes"]).to_numpy()
+        checksums = pc.list_flatten(taken["chunk_crc32c"]).to_numpy()
         if len(checksums) != n * width or nbytes.size != n * width:
             raise FormatError(
                 f"the chunk tables of {path} differ in length; the manifest is damaged or hostile"
@@ -342,13 +343,18 @@ def check_chunks(table: ShardTable, array: Mapping[str, Any], where: str) -> Non
         raise FormatError(
             f"a chunk of {where} is said to have {table.chunk_nbytes.max()} bytes; {largest} is the most that it can"
         )
+    most = wanted * (largest + 16) + 4
+    if (table.size_bytes < 0).any() or (table.size_bytes > most).any():
+        raise FormatError(
+            f"a shard of {where} is said to have {table.size_bytes.max()} bytes; at most {most} can be"
+        )
 
 
 def statistics_of(table: pa.Table, split: str, site: str, n_blocks: int) -> list[Statistics]:
     """The statistics of a site's first `n_blocks` blocks, in block order, from a segment table."""
-    chosen = pa.compute.and_(
-        pa.compute.and_(pa.compute.equal(table["split"], split), pa.compute.equal(table["site"], site)),
-        pa.compute.less(table["block"], n_blocks),
+    chosen = pc.and_(
+        pc.and_(pc.equal(table["split"], split), pc.equal(table["site"], site)),
+        pc.less(table["block"], n_blocks),
     )
     by_block = {row["block"]: row for row in table.filter(chosen).to_pylist()}
     if sorted(by_block) != list(range(len(by_block))) or len(by_block) != n_blocks:

@@ -5,7 +5,6 @@ file makes a reader allocate is bounded by the bytes that are really there, neve
 Everything is refused by an ActcacheError that says why.
 """
 
-import io
 import json
 import math
 import re
@@ -13,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .errors import CorruptObject, FormatError
@@ -108,6 +108,8 @@ def check_manifest(value: Any, splits: tuple[str, ...]) -> None:
     for split, size in value["splits"].items():
         for name, number in _mapping(size, f"splits.{split}").items():
             _integer(number, f"splits.{split}.{name}", 0, 2**53)
+        if not {"n_blocks", "n_rows", "n_sequences"} <= size.keys():
+            raise ValueError(f"splits.{split} lacks n_blocks, n_rows or n_sequences")
         if size["n_blocks"] > MAX_BLOCKS or not size["n_rows"] <= size["n_blocks"] * block_rows:
             raise ValueError(f"splits.{split} has {size['n_rows']} rows in {size['n_blocks']} blocks")
     for site, extent in value["sites"].items():
@@ -119,7 +121,9 @@ def check_manifest(value: Any, splits: tuple[str, ...]) -> None:
         for split, n in extent["n_blocks"].items():
             _integer(n, f"sites.{site}.n_blocks.{split}", 0, value["splits"][split]["n_blocks"])
         _sha256(extent["calibration_sha256"], f"sites.{site}.calibration_sha256")
-    for i, segment in enumerate(_sequence(value["segments"], "segments")):
+    if not _sequence(value["segments"], "segments") and any(s["n_rows"] for s in value["splits"].values()):
+        raise ValueError("rows are committed, but no segment is listed")
+    for i, segment in enumerate(value["segments"]):
         for name in ("objects", "statistics"):
             _text(_mapping(segment, f"segments[{i}]")[name], f"segments[{i}].{name}")
             _sha256(segment[f"{name}_sha256"], f"segments[{i}].{name}_sha256")
@@ -187,13 +191,15 @@ def read_parquet(
     """
     limit = _FREE_BYTES + _EXPANSION * len(data)
     try:
-        file = pq.ParquetFile(io.BytesIO(data), memory_map=False)
+        file = pq.ParquetFile(pa.BufferReader(data))
         if not file.schema_arrow.equals(schema):
             raise FormatError(f"{where} has other columns than this format's")
         _check_pages(data, file.metadata, limit)
         schema = schema if columns is None else pa.schema([schema.field(name) for name in columns])
         texts = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_binary(f.type)]
-        table = pq.read_table(io.BytesIO(data), columns=schema.names, read_dictionary=texts)
+        # no threads: after an error Arrow's may still be at work on what was refused
+        file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=texts, pre_buffer=False)
+        table = file.read(columns=schema.names, use_threads=False)
         for name in texts:
             table = _expand(table, name, schema.field(name).type, limit)
         table = table.select(schema.names).cast(schema)
@@ -220,8 +226,8 @@ def _expand(table: pa.Table, name: str, kind: pa.DataType, limit: int) -> pa.Tab
         if not isinstance(chunk, pa.DictionaryArray):
             total += chunk.nbytes
             continue
-        lengths = pa.compute.binary_length(chunk.dictionary)
-        total += pa.compute.sum(pa.compute.take(lengths, chunk.indices)).as_py() or 0
+        lengths = pc.binary_length(chunk.dictionary)
+        total += pc.sum(pc.take(lengths, chunk.indices)).as_py() or 0
     if total > limit:
         raise ValueError(f"column {name} decodes to {total} bytes")
     return table.set_column(table.schema.get_field_index(name), name, column.cast(kind))

@@ -118,7 +118,14 @@ def test_a_flipped_bit_in_a_chunk_is_seen_by_the_reader_itself(dataset, kind):
 
 
 @pytest.mark.parametrize("kind", CHUNKED + WHOLE)
-@pytest.mark.parametrize("cut", ["missing", "empty", "half", "one byte short", "one byte long"])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        "missing",
+        "one byte short",
+        *(pytest.param(c, marks=pytest.mark.slow) for c in ("empty", "half", "one byte long")),
+    ],
+)
 def test_missing_and_truncated_objects_are_seen(dataset, kind, cut):
     key = key_of(dataset, kind)
     file = dataset / key

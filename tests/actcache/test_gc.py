@@ -303,6 +303,7 @@ def test_a_removed_dataset_leaves_nothing(copy, recorded):
         plan_removal(str(copy))
 
 
+@pytest.mark.slow
 def test_a_removal_killed_after_any_delete_reads_as_before_or_not_at_all_and_harvests_again(
     littered, recorded, tmp_path, monkeypatch
 ):
