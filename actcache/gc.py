@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import BeingWritten, CorruptObject, FormatError, NotADataset
-from .layout import array_layout, zarr_metadata
+from .layout import array_layout, calibration_keys, zarr_metadata
 from .manifest import (
     SPLITS,
     BlockRecord,
@@ -182,6 +182,7 @@ class _Named:
             record = BlockRecord.from_json(store.read(key), key)
             self.places |= {(o.path, o.shard) for o in record.objects}
             self.sites |= set(record.statistics)
+        self.calibrations = {key for site in self.sites for key in calibration_keys(store, site)}
         widths = dict.fromkeys(self.sites, 1)
         self._arrays = set(array_layout(kept[-1].identity, widths))
 
@@ -192,8 +193,8 @@ class _Named:
         return derived or (path, shard) in self.places
 
     def calibration(self, key: str) -> bool:
-        """Whether a file under `_calibration/` is of a named site: its own, or one that goes with it."""
-        return any(key.startswith(f"_calibration/{site}") for site in self.sites)
+        """Whether a file under `_calibration/` is that of a named site, or the rotation that it names."""
+        return key in self.calibrations
 
 
 def _check_quiet(store: Store, plan: _Plan) -> None:

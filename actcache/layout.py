@@ -224,6 +224,13 @@ def read_calibration(store: Store, site: str, sha256: str | None = None) -> Cali
     return replace(calibration, rotation_DD=np.frombuffer(rotation, "<f4").reshape(d_in, d_in))
 
 
+def calibration_keys(store: Store, site: str) -> list[str]:
+    """Keys of a site's calibration and of the rotation that it names, if any."""
+    key = calibration_key(site)
+    _, rotation_sha256 = parse_calibration(_read(store, key), f"{store.url}/{key}")
+    return [key, rotation_key(site, rotation_sha256)] if rotation_sha256 else [key]
+
+
 def parse_calibration(data: bytes, where: str, sha256: str | None = None) -> tuple[Calibration, str | None]:
     """A stored calibration without its rotation, and the rotation's sha256; digests verified.
 

@@ -48,6 +48,7 @@ LITTER = (
     "train/blocks.0.attn.hook_z/codes/c/0/0",
     f"_segments/{'0' * 16}-objects.parquet",
     "_calibration/blocks.0.attn.hook_z.json",
+    f"_calibration/{SITES[0]}-0123456789abcdef.rotation",
     "train/.actcache-tmp-00",
 )
 
