@@ -191,3 +191,29 @@ def test_plain_zarr_reads_from_s3(s3, tmp_path):
     group = zarr.open_group(remote.url, mode="r", storage_options=s3)["train"][SITES[0]]
     acts = group["codes"][:] * group["scale"][:][:, None] + group["offset"][:]
     assert np.array_equal(acts, remote.read(SITES[0], slice(None)))
+
+
+def test_verify_gc_and_rm_on_s3(s3, tmp_path):
+    from tiny_harvest import tiny_spec
+
+    import actcache
+    from actcache.errors import BeingWritten, NotADataset
+    from actcache.gc import collect_garbage, plan_removal, remove_dataset
+    from actcache.store import open_store
+    from actcache.verify import verify
+
+    spec = tiny_spec(tmp_path)
+    dataset = actcache.harvest(spec, "s3://bucket/removed", storage_options=s3, progress=False)
+    assert actcache.find(spec, "s3://bucket/removed", s3).id == dataset.id
+    verify(dataset, deep=True, replay=5, model=spec.model, progress=False)
+    store = open_store(dataset.url, s3)
+    store.create("train/token_id/c/99", b"of a dead writer")
+    with pytest.raises(BeingWritten):
+        collect_garbage(dataset.url, grace_s=3600, storage_options=s3, progress=False)
+    done = collect_garbage(dataset.url, grace_s=0, storage_options=s3, progress=False)
+    assert "train/token_id/c/99" in done["keys"]
+    assert verify(actcache.open(dataset.url, storage_options=s3), progress=False)["unreferenced objects"] == 0
+    remove_dataset(plan_removal(dataset.url, s3), progress=False)
+    assert store.listing("") == []
+    with pytest.raises(NotADataset):
+        actcache.open(dataset.url, storage_options=s3)
