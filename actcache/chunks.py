@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import CorruptObject
+from .errors import RESTORE, CorruptObject
 from .manifest import ShardTable
 from .shard import decode_chunk, shard_key
 from .store import Store
@@ -106,5 +106,5 @@ class ChunkReader:
             return self.store.read(key, start, stop)
         except FileNotFoundError:
             raise CorruptObject(
-                f"{self.store.url}/{key} is missing although it was committed; restore it or harvest again"
+                f"{self.store.url}/{key} is missing although it was committed; {RESTORE}"
             ) from None

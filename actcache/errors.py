@@ -7,6 +7,9 @@ found before anything is touched are `ValueError`s as well, so `except ValueErro
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+RESTORE = "restore it from a copy, or remove the dataset (`actcache rm`) and harvest it again"
+"""What helps against damage of what is committed: no harvest writes a committed block again."""
+
 
 class ActcacheError(Exception):
     """Anything this package raises on purpose; the command line prints it as one line."""

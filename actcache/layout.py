@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from .codec import Calibration, Precision
-from .errors import Conflict, CorruptObject
+from .errors import RESTORE, Conflict, CorruptObject
 from .manifest import Manifest, parse_digested
 from .shard import array_metadata, group_metadata, shard_key
 from .spec import FORMAT, canonical_json, digest
@@ -218,9 +218,7 @@ def read_calibration(store: Store, site: str, sha256: str | None = None) -> Cali
     key, d_in = rotation_key(site, rotation_sha256), len(calibration.offset_D)
     rotation = _read(store, key)
     if len(rotation) != 4 * d_in**2 or hashlib.sha256(rotation).hexdigest() != rotation_sha256:
-        raise CorruptObject(
-            f"{store.url}/{key} does not match its sha256; restore it, or delete it and harvest again"
-        )
+        raise CorruptObject(f"{store.url}/{key} does not match its sha256; {RESTORE}")
     return replace(calibration, rotation_DD=np.frombuffer(rotation, "<f4").reshape(d_in, d_in))
 
 
@@ -238,9 +236,9 @@ def parse_calibration(data: bytes, where: str, sha256: str | None = None) -> tup
         CorruptObject: the bytes are damaged or not the committed ones.
     """
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise CorruptObject(f"{where} does not match its sha256; restore it or harvest again")
+        raise CorruptObject(f"{where} does not match its sha256; {RESTORE}")
     try:
-        value = parse_digested(data, where, "Restore it, or harvest again")
+        value = parse_digested(data, where, RESTORE)
         calibration = Calibration(
             offset_D=np.frombuffer(base64.b64decode(value["offset"]), "<f4"),
             median_D=np.frombuffer(base64.b64decode(value["median"]), "<f4"),
@@ -251,13 +249,11 @@ def parse_calibration(data: bytes, where: str, sha256: str | None = None) -> tup
             raise ValueError(f"rotation_sha256 {rotation_sha256!r}")
         return calibration, rotation_sha256
     except (KeyError, TypeError, ValueError) as err:
-        raise CorruptObject(f"{where} is not a calibration ({err}); restore it or harvest again") from err
+        raise CorruptObject(f"{where} is not a calibration ({err}); {RESTORE}") from err
 
 
 def _read(store: Store, key: str) -> bytes:
     try:
         return read_whole(store, key, MAX_CALIBRATION_BYTES)
     except FileNotFoundError:
-        raise CorruptObject(
-            f"{store.url}/{key} is missing although it was committed; harvest again"
-        ) from None
+        raise CorruptObject(f"{store.url}/{key} is missing although it was committed; {RESTORE}") from None

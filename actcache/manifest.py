@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .codec import Precision
-from .errors import Conflict, CorruptObject, FormatError, NotADataset
+from .errors import RESTORE, Conflict, CorruptObject, FormatError, NotADataset
 from .spec import FORMAT, canonical_json, digest
 from .statistics import Statistics
 from .store import Store
@@ -118,7 +118,7 @@ class BlockRecord:
         return record
 
 
-_REDO = "Run the harvest again: it computes the block again and writes the record anew"
+_REDO = "run the harvest again: it computes the block again and writes the record anew"
 
 
 def _count(value: Any) -> int:
@@ -254,7 +254,7 @@ def read_segment_table(store: Store, key: str, sha256: str, columns: Sequence[st
         raise FormatError(f"{store.url}: segment key {key[:80]!r} is not one that this format writes")
     data = _read_committed(store, key)
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise CorruptObject(f"{store.url}/{key} does not match its sha256; restore it or harvest again")
+        raise CorruptObject(f"{store.url}/{key} does not match its sha256; {RESTORE}")
     schema = OBJECTS if "-objects." in key else STATISTICS
     return read_parquet(data, schema, f"{store.url}/{key}", columns)
 
@@ -373,8 +373,9 @@ def statistics_row(row: Mapping[str, Any]) -> Statistics:
         f.name: np.frombuffer(row[f.name], dtype) if (dtype := _ARRAYS.get(f.name[-2:])) else row[f.name]
         for f in fields(Statistics)
     }
-    if len({len(value) for name, value in values.items() if name.endswith("_D")}) != 1:
-        raise ValueError("arrays of different lengths")
+    for end in _ARRAYS:
+        if len({len(value) for name, value in values.items() if name.endswith(end)}) != 1:
+            raise ValueError("arrays of different lengths")
     return Statistics(**values)
 
 
@@ -479,7 +480,7 @@ def read_manifest(store: Store, version: int | None = None) -> Manifest:
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """Check and parse the bytes of a manifest; nothing in it is trusted before its shape is checked."""
-    value = parse_digested(data, where, "Restore it, or pin an older version")
+    value = parse_digested(data, where, "restore it from a copy, or pin an older version")
     value.pop("format")
     try:
         check_manifest(value, SPLITS)
@@ -518,7 +519,7 @@ def parse_digested(data: bytes, where: str, remedy: str) -> dict[str, Any]:
         raise FormatError(f"{where} holds what no JSON of ours does: {err}") from err
     # the bytes too: a changed last digit may read back as the same number
     if canonical != data or value.pop("digest", None) != digest(value):
-        raise CorruptObject(f"{where} is damaged: it does not match its digest. {remedy}")
+        raise CorruptObject(f"{where} is damaged: it does not match its digest; {remedy}")
     return cast(dict[str, Any], value)
 
 
@@ -541,9 +542,7 @@ def _read_committed(store: Store, key: str) -> bytes:
     try:
         return read_whole(store, key, MAX_SEGMENT_BYTES)
     except FileNotFoundError:
-        raise CorruptObject(
-            f"{store.url}/{key} is missing although it was committed; restore it or harvest again"
-        ) from None
+        raise CorruptObject(f"{store.url}/{key} is missing although it was committed; {RESTORE}") from None
 
 
 def _statistics_json(statistics: Statistics) -> dict[str, Any]:

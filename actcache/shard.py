@@ -15,7 +15,7 @@ import google_crc32c
 import numpy as np
 from numcodecs import blosc, zstd
 
-from .errors import CorruptObject
+from .errors import RESTORE, CorruptObject
 
 ZSTD_LEVEL = 1  # int8 codes of a GPT-2: levels 1, 3 and 9 all gave 5.33 bits; 9 at two thirds of the speed
 _MISSING = 2**64 - 1
@@ -102,14 +102,10 @@ def decode_chunk(
     """
     if len(payload) < 5 or crc32c(payload) != _RESIDUE:
         raise CorruptObject(
-            f"{key}: a chunk of {len(payload)} bytes does not match its crc32c. "
-            "The object is damaged: restore it, or delete it and run the harvest again"
+            f"{key}: a chunk of {len(payload)} bytes does not match its crc32c, the object is damaged; {RESTORE}"
         )
     if checksum is not None and struct.unpack_from("<I", payload, len(payload) - 4)[0] != checksum:
-        raise CorruptObject(
-            f"{key}: a chunk is intact but not the one that was committed. Restore the object, or delete it "
-            "and run the harvest again"
-        )
+        raise CorruptObject(f"{key}: a chunk is intact but not the one that was committed; {RESTORE}")
     out = np.empty(tuple(shape), dtype) if out is None else out
     frame = memoryview(payload)[:-4]
     stated = _blosc_content_size(frame) if by_column else _frame_content_size(frame)

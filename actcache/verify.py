@@ -16,7 +16,7 @@ import numpy as np
 
 from .codec import Calibration, decode
 from .corpus import kept_tokens
-from .errors import ActcacheError, CorruptObject, DamagedDataset
+from .errors import RESTORE, ActcacheError, CorruptObject, DamagedDataset
 from .layout import (
     array_layout,
     calibration_key,
@@ -44,7 +44,6 @@ from .spec import canonical_json
 from .statistics import Statistics
 from .store import Listed
 
-_RESTORE = "restore it from a copy, or `actcache rm` the dataset and harvest it again"
 _REWRITE = "delete it and the root's zarr.json, and run the harvest again"
 _PIECE_VALUES = 2**22
 _UNIT = 2.0**-24  # half a unit in the last place of float32, relative
@@ -140,7 +139,7 @@ class _Check:
                 continue
             if len(calibration.offset_D) != extent.d_in:
                 what = f"has {len(calibration.offset_D)} channels, wanted {extent.d_in}"
-                self.problem(calibration_key(site), what, _RESTORE)
+                self.problem(calibration_key(site), what, RESTORE)
                 continue
             self.calibrations[site] = calibration
             rotation = rotation_bytes(calibration)
@@ -189,17 +188,15 @@ class _Check:
     def _follows(self, before: Manifest, manifest: Manifest) -> None:
         if manifest.version != before.version + 1:
             missing = f"{before.version + 1}..{manifest.version - 1}"
-            self.problem(manifest.key, f"follows version {before.version}; {missing} are missing", _RESTORE)
+            self.problem(manifest.key, f"follows version {before.version}; {missing} are missing", RESTORE)
         if manifest.id != before.id:
-            self.problem(manifest.key, f"is of another dataset than version {before.version}", _RESTORE)
+            self.problem(manifest.key, f"is of another dataset than version {before.version}", RESTORE)
         for site, extent in before.sites.items():
             later = manifest.sites.get(site)
             if later is None or any(later.n_blocks.get(k, 0) < n for k, n in extent.n_blocks.items()):
-                self.problem(
-                    manifest.key, f"has fewer rows of {site} than version {before.version}", _RESTORE
-                )
+                self.problem(manifest.key, f"has fewer rows of {site} than version {before.version}", RESTORE)
             elif (later.d_in, later.calibration_sha256) != (extent.d_in, extent.calibration_sha256):
-                self.problem(manifest.key, f"has {site} otherwise than version {before.version}", _RESTORE)
+                self.problem(manifest.key, f"has {site} otherwise than version {before.version}", RESTORE)
 
     def sizes(self) -> None:
         """Every committed object in the listing with its size; what nobody names is counted."""
@@ -215,9 +212,9 @@ class _Check:
         for key, size in named.items():
             found = self.listed.get(key)
             if found is None:
-                self.problem(key, f"is missing, wanted {size} bytes", _RESTORE)
+                self.problem(key, f"is missing, wanted {size} bytes", RESTORE)
             elif found.size_bytes != size:
-                self.problem(key, f"holds {found.size_bytes} bytes, wanted {size}", _RESTORE)
+                self.problem(key, f"holds {found.size_bytes} bytes, wanted {size}", RESTORE)
         records = {key for key in self.listed if key.startswith("_records/")}
         others = [o for k, o in self.listed.items() if k not in self.referenced | named.keys() | records]
         self.counts |= {
@@ -286,7 +283,7 @@ class _Check:
                 wanted = natural[i][permutation(n, "rows", seed, split, block)]
                 if len(stored) < n or not np.array_equal(stored[:n], wanted):
                     key = shard_key(f"{split}/{name}", block, 1)
-                    self.problem(key, "is not what input_ids and the seed imply", _RESTORE)
+                    self.problem(key, "is not what input_ids and the seed imply", RESTORE)
                 elif not i:
                     self._count("rows whose token, sequence and position follow from input_ids", n)
         for _ in blocks:  # sequences past the last block are read too
@@ -316,7 +313,7 @@ class _Check:
                 yield block[0], block[1], block[2]
         if left:
             key = shard_key(f"{split}/input_ids", 0, 2)
-            self.problem(key, f"and its later shards lack the tokens of {left} committed rows", _RESTORE)
+            self.problem(key, f"and its later shards lack the tokens of {left} committed rows", RESTORE)
 
     def _site(self, split: str, site: str) -> None:
         """Codes and scales of a site, block by block, and their statistics."""
@@ -342,14 +339,12 @@ class _Check:
             wanted = min(self.manifest.identity["block_rows"], self._rows_left(split, block))
             key = shard_key(path, block, 2)
             if n != wanted or len(codes_ND) < n:
-                self.problem(
-                    key, f"has {len(codes_ND)} rows and statistics of {n}, wanted {wanted}", _RESTORE
-                )
+                self.problem(key, f"has {len(codes_ND)} rows and statistics of {n}, wanted {wanted}", RESTORE)
                 continue
             scale_N = None if scale_N is None else scale_N[:n]
             differs = self._statistics(statistics[block], codes_ND[:n], scale_N, calibration)
             if differs:
-                self.problem(key, f"has rows whose {differs} is not the recorded one", _RESTORE)
+                self.problem(key, f"has rows whose {differs} is not the recorded one", RESTORE)
             else:
                 self._count("rows whose statistics follow from the stored values", n)
 
@@ -361,7 +356,7 @@ class _Check:
         n = min(len(scale_N), self._rows_left(split, block))
         if not np.isnan(constant) and not (scale_N[:n] == np.float32(constant)).all():
             key = shard_key(f"{split}/{site}/scale", block, 1)
-            self.problem(key, f"is not constantly {constant:g} as its record says", _RESTORE)
+            self.problem(key, f"is not constantly {constant:g} as its record says", RESTORE)
 
     def _statistics(
         self,
@@ -425,14 +420,14 @@ class _Check:
             zip(table.chunk_offset[shard].tolist(), table.chunk_nbytes[shard].tolist(), strict=True)
         )
         if parse_index(data[-index_size(n_chunks) :], n_chunks, where) != committed:
-            raise CorruptObject(f"{where} has another index than the one that was committed; {_RESTORE}")
+            raise CorruptObject(f"{where} has another index than the one that was committed; {RESTORE}")
         present = sum(1 for _, nbytes in committed if nbytes)
         shape = (array["chunk_rows"], *array["row"])
         rows = decode_shard(
             data, present * shape[0], shape, array["shard_rows"], array["dtype"], where, array["by_column"]
         )
         if chunk_checksums(data, committed) != table.chunk_crc32c[shard].tolist():
-            raise CorruptObject(f"{where} is intact but not the shard that was committed; {_RESTORE}")
+            raise CorruptObject(f"{where} is intact but not the shard that was committed; {RESTORE}")
         return rows
 
     def _count(self, name: str, n: int) -> None:
@@ -443,5 +438,5 @@ class _Check:
             return self.store.read(key)
         except FileNotFoundError:
             rewritten = key.endswith(("zarr.json", "/offset/c/0", "/rotation/c/0/0"))
-            self.problem(key, "is missing", _REWRITE if rewritten else _RESTORE)
+            self.problem(key, "is missing", _REWRITE if rewritten else RESTORE)
             return None

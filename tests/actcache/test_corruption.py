@@ -29,8 +29,8 @@ CHUNKED = (
 )
 WHOLE = ("_manifest", "_segments/objects", "_segments/statistics", "_calibration")
 """Objects that a reader takes whole, before any row."""
-LOOSE_RECORDS = ()
-"""Kinds of records whose flips must be seen by a harvest: ("_records",) once they carry a digest."""
+LOOSE_RECORDS = ("_records",)
+"""What readers need not, but a harvest reads."""
 
 
 @pytest.fixture(scope="module")
