@@ -491,7 +491,8 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
             raise ValueError("the id is not the digest of the identity")
         Precision.parse(manifest.identity["precision"])
     except (TypeError, KeyError, ValueError, AttributeError) as err:
-        raise FormatError(f"{where} is not a manifest of format {FORMAT}: {err}") from err
+        what = f"it lacks {err}" if isinstance(err, KeyError) else str(err)
+        raise FormatError(f"{where} is not a manifest of format {FORMAT}: {what}") from err
     return manifest
 
 
@@ -511,7 +512,7 @@ def parse_digested(data: bytes, where: str, remedy: str) -> dict[str, Any]:
         FormatError: of an unknown format.
         CorruptObject: not JSON, or not as its digest says.
     """
-    value = load_json(data, where)
+    value = load_json(data, where, remedy)
     check_format(value, where)
     try:
         canonical = canonical_json(value).encode()

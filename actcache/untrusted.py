@@ -46,7 +46,7 @@ def read_whole(store: Store, key: str, limit: int) -> bytes:
     return data
 
 
-def load_json(data: bytes, where: str) -> Any:
+def load_json(data: bytes, where: str, remedy: str) -> Any:
     """JSON as this format writes it: no duplicate keys, NaN, infinity, lone surrogates or deep nesting.
 
     Raises:
@@ -70,7 +70,7 @@ def load_json(data: bytes, where: str) -> Any:
         value = json.loads(data, object_pairs_hook=pairs, parse_constant=refuse, parse_float=number)
         json.dumps(value, ensure_ascii=False).encode()  # lone surrogates, and nesting that cannot be written
     except (ValueError, RecursionError) as err:
-        raise CorruptObject(f"{where} is not JSON of this format ({err}); restore it") from err
+        raise CorruptObject(f"{where} is damaged: not JSON of this format ({err}); {remedy}") from err
     return value
 
 

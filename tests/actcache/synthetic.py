@@ -24,6 +24,7 @@ def identity(block_rows: int = 131_072, chunk_rows: int = 4096, context_size: in
     """Of a dataset with R = `block_rows`, C = `chunk_rows`, T = `context_size`; the rest is empty."""
     return {
         "format": 1,
+        "model": {"id": "synthetic", "revision": "none", "lm_dtype": "float32"},
         "precision": "fvu:0.001",
         "block_rows": block_rows,
         "chunk_rows": chunk_rows,

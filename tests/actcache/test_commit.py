@@ -244,7 +244,7 @@ def test_a_damaged_record_is_its_blocks_absence_and_is_replaced(recorded, calibr
         caplog.clear()
         assert read_records(store) == []
         assert RECORD in caplog.text
-        assert "Run the harvest again" in caplog.text
+        assert "run the harvest again" in caplog.text
         assert run(recorded, store)
         assert store.objects[RECORD] == good
 

@@ -110,7 +110,7 @@ def test_a_reader_is_at_ten_requests_before_its_first_chunk():
     store.requests.clear()
     dataset = opened(store)
     for site in dataset.sites:
-        dataset._shared.offset(site)
+        dataset._shared.calibration(site)
         assert len(dataset._tables[f"train/{site}/codes"].size_bytes) == 700
     assert store.requests.total() <= 10
 
