@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute  # else `pa.compute` is there only once a file was read
 import pyarrow.parquet as pq
 
 from .codec import Statistics
