@@ -249,7 +249,9 @@ def _run(
         for unit, result in _with_attempts(pool, missing):
             if isinstance(result, BaseException):
                 failed.append((unit, result))
-                log.error("block %d of %s set aside: %s", unit[1], unit[0], result)
+                log.error(
+                    "block %d of %s set aside: %s", unit[1], unit[0], str(result) or type(result).__name__
+                )
                 continue
             record = BlockRecord.from_json(result, record_key(*unit))
             state.add(record)
@@ -296,7 +298,8 @@ def _with_attempts(pool: "Engine", units: Iterable[Unit]) -> Iterator[tuple[Unit
                 attempts[unit] = attempts.get(unit, 0) + 1
                 final = isinstance(result, ActcacheError) and not isinstance(result, OSError)
                 if not final and attempts[unit] < ATTEMPTS:
-                    log.warning("block %d of %s: %s; trying again", unit[1], unit[0], result)
+                    what = str(result) or type(result).__name__
+                    log.warning("block %d of %s: %s; trying again", unit[1], unit[0], what)
                     queue.append(unit)
                     continue
             yield unit, result

@@ -20,7 +20,7 @@ from actcache.codec import Precision, decode, encode
 from actcache.committed import Committed
 from actcache.corpus import kept_tokens
 from actcache.driver import _blocks_wanted, _claim, _write_metadata
-from actcache.layout import calibration_key, parse_calibration
+from actcache.layout import read_calibration
 from actcache.manifest import BlockRecord, latest_version, read_manifest, record_key
 from actcache.order import permutation
 from actcache.reader import Dataset, _Shared
@@ -46,7 +46,7 @@ def reference(recorded):
     """Every row of every split and what it decodes to, from tokens, activations and calibrations alone."""
     store, tokens = DictStore(), recorded.tokens
     recorded.harvester_on(store, recorded.resolved).calibrate()
-    calibrations = {site: parse_calibration(store.read(calibration_key(site)), site) for site in SITES}
+    calibrations = {site: read_calibration(store, site) for site in SITES}
     identity, out = recorded.resolved.identity, {}
     precision = Precision.parse(identity["precision"])
     for split in ("train", "validation"):

@@ -8,7 +8,7 @@ from actcache.commit import create_shard
 from actcache.shard import encode_shard
 from actcache.store import open_store
 
-ARRAY = {"chunk_rows": 4, "shard_rows": 8, "fill": 0}
+ARRAY = {"chunk_rows": 4, "shard_rows": 8, "fill": 0, "by_column": False}
 OURS, THEIRS = np.arange(8, dtype=np.uint32), np.arange(8, 16, dtype=np.uint32)
 
 
@@ -21,9 +21,10 @@ def torn(tmp_path):
 
 
 def test_a_torn_shard_is_replaced(torn):
-    data, _, stored = create_shard(torn, "a", 0, OURS, ARRAY)
-    assert torn.read("a/c/0") == data
-    assert np.array_equal(stored, OURS)
+    stored = create_shard(torn, "a", 0, OURS, ARRAY)
+    assert torn.read("a/c/0") == stored.data
+    assert np.array_equal(stored.rows, OURS)
+    assert stored.ours
 
 
 def test_a_shard_that_another_writer_repaired_first_is_adopted(torn):
@@ -34,6 +35,7 @@ def test_a_shard_that_another_writer_repaired_first_is_adopted(torn):
             torn.delete(key)
             torn.create(key, theirs)
 
-    data, _, stored = create_shard(HookedStore(torn, before), "a", 0, OURS, ARRAY)
-    assert data == theirs == torn.read("a/c/0")
-    assert np.array_equal(stored, THEIRS)
+    stored = create_shard(HookedStore(torn, before), "a", 0, OURS, ARRAY)
+    assert stored.data == theirs == torn.read("a/c/0")
+    assert np.array_equal(stored.rows, THEIRS)
+    assert not stored.ours
