@@ -14,7 +14,7 @@ from typing import Any
 from actcache.errors import Conflict
 from actcache.store import Listed, Store
 
-WRITES = ("create", "replace", "swap", "delete")
+WRITES = ("create", "swap", "delete")
 READS = ("read", "exists", "listing", "folders")
 
 
@@ -45,9 +45,6 @@ class DictStore(Store):
 
     def folders(self, prefix: str = "") -> list[str]:
         return sorted({k.split("/")[0] for k in self.objects if "/" in k})
-
-    def replace(self, key: str, data: bytes) -> None:
-        self.objects[key] = bytes(data)
 
     def swap(self, key: str, expected: bytes | None, data: bytes) -> bool:
         if self.objects.get(key) not in (expected, data):
