@@ -221,7 +221,7 @@ def test_a_lying_manifest_is_refused_with_a_reason(template, path, value):
 )
 def test_json_that_this_format_never_writes_is_refused(data, reason):
     with pytest.raises(CorruptObject, match=reason) as refused:
-        load_json(data, "here")
+        load_json(data, "here", "restore it")
     assert str(refused.value).startswith("here ")
 
 
