@@ -101,8 +101,12 @@ def check_what_is_visible(url, whole):
 
 
 def check_case(recorded, nursery, undisturbed, url, pattern, when, n=0):
+    """Whether the harvest came to that point; if so, it died there and the next one ends as it should."""
     files, whole = undisturbed
-    assert nursery.harvest(url, pattern, when, n, **EXTENT) == -9, "it was never there"
+    status = nursery.harvest(url, pattern, when, n, **EXTENT)
+    assert status in (0, -9)
+    if status == 0:
+        return False
     check_what_is_visible(url, whole)
     before = records(url)
     recorded.harvest(open_store(url), recorded.asking(**EXTENT))
@@ -118,6 +122,7 @@ def check_case(recorded, nursery, undisturbed, url, pattern, when, n=0):
     recorded.harvest(again, recorded.asking(**EXTENT))
     assert not again.requests["create"]
     assert actcache.open(url).manifest == manifest
+    return True
 
 
 def records(url):
@@ -154,7 +159,7 @@ POINTS = {
 def test_a_harvest_killed_anywhere_ends_as_an_undisturbed_one(
     recorded, nursery, undisturbed, tmp_path, point
 ):
-    check_case(recorded, nursery, undisturbed, str(tmp_path / "dataset"), *POINTS[point])
+    assert check_case(recorded, nursery, undisturbed, str(tmp_path / "dataset"), *POINTS[point])
 
 
 @pytest.mark.slow
@@ -175,9 +180,13 @@ def test_a_harvest_killed_at_any_write_of_any_object_ends_as_an_undisturbed_one(
         (rf"create _segments/.*-{kind}.parquet", n) for kind in ("objects", "statistics") for n in (0, 1, 2)
     ]
     cases += [(f"swap {re.escape(key)}", n) for key, times in swaps.items() for n in range(1, times)]
-    for i, (pattern, n) in enumerate(cases):
+    came = [
         check_case(recorded, nursery, undisturbed, str(tmp_path / str(i)), pattern, when, n)
-    assert len(cases) > 100
+        for i, (pattern, n) in enumerate(cases)
+    ]
+    assert all(came[: len(keys)])
+    # which zarr.json a version changes, and so how often it is written, depends on which block ends first
+    assert sum(came) > 100
 
 
 def test_a_harvest_killed_again_and_again_ends_as_an_undisturbed_one(
