@@ -376,6 +376,8 @@ class ObjectStore(Store):
                 (
                     Listed(path[len(self._root) + 1 :], info["size"], self._modified(path, info))
                     for path, info in found.items()
+                    if info["type"]
+                    == "file"  # s3fs names the folder itself if it came between its two requests
                 ),
                 key=lambda o: o.key,
             )

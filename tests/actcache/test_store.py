@@ -159,6 +159,14 @@ def test_every_file_systems_name_for_the_time_is_read(tmp_path):
     assert store._modified(path, {}) == store._fs.modified(path).timestamp()
 
 
+def test_a_folder_that_appears_while_it_is_listed_is_no_object(tmp_path, monkeypatch):
+    """s3fs, having found nothing, asks whether the prefix is an object, and by then it is a folder."""
+    store = open_store(f"memory://{tmp_path.name}")
+    folder = {"name": store._path("a"), "size": 0, "type": "directory"}
+    monkeypatch.setattr(MemoryFileSystem, "find", lambda *args, **kwargs: {store._path("a"): folder})
+    assert store.listing("a") == []
+
+
 def test_leftovers_are_the_temporary_files_alone(tmp_path):
     store = open_store(str(tmp_path))
     store.create("a/1", b"x")
