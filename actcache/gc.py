@@ -43,9 +43,18 @@ _LAYOUT = {
 }
 
 
-def _kind(key: str) -> tuple[str, re.Match[str]] | None:
-    """Which part of the layout a key is of; None for one that this format does not write."""
-    return next(((k, m) for k, pattern in _LAYOUT.items() if (m := re.fullmatch(pattern, key))), None)
+def _by_kind(store: Store) -> tuple[dict[str, list[tuple[Listed, re.Match[str]]]], list[str]]:
+    """Every object by the part of the layout that it is of, and the keys that this format does not write."""
+    by_kind: dict[str, list[tuple[Listed, re.Match[str]]]] = {kind: [] for kind in _LAYOUT}
+    unknown = []
+    for o in store.listing(""):
+        for kind, pattern in _LAYOUT.items():
+            if m := re.fullmatch(pattern, o.key):
+                by_kind[kind].append((o, m))
+                break
+        else:
+            unknown.append(o.key)
+    return by_kind, unknown
 
 
 @dataclass
@@ -118,14 +127,7 @@ def _store_time(store: Store) -> float:
 
 
 def _plan(store: Store, now: float, grace_s: float, keep: int) -> _Plan:
-    by_kind: dict[str, list[tuple[Listed, re.Match[str]]]] = {kind: [] for kind in _LAYOUT}
-    unknown = []
-    for o in store.listing(""):
-        kind = _kind(o.key)
-        if kind is None:
-            unknown.append(o.key)
-        else:
-            by_kind[kind[0]].append((o, kind[1]))
+    by_kind, unknown = _by_kind(store)
 
     def old(o: Listed) -> bool:
         return now - o.modified_s >= grace_s
@@ -265,14 +267,8 @@ def plan_removal(url: str, storage_options: Mapping[str, Any] | None = None) -> 
         NotADataset: no dataset, nor what an interrupted removal or harvest leaves of one.
     """
     store = open_store(url, storage_options)
-    objects: dict[str, list[Listed]] = {kind: [] for kind in _REMOVAL_ORDER}
-    unknown = []
-    for o in store.listing(""):
-        kind = _kind(o.key)
-        if kind is None:
-            unknown.append(o.key)
-        else:
-            objects[kind[0]].append(o)
+    by_kind, unknown = _by_kind(store)
+    objects = {kind: [o for o, _ in found] for kind, found in by_kind.items()}
     if not objects["identity"] and not objects["manifest"]:
         raise NotADataset(
             f"{store.url} is no actcache dataset (`actcache ls` lists a prefix); nothing removed"
