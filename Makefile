@@ -13,7 +13,7 @@ test: $(STAMP) lint  ## the fast tests
 	$(BIN)/python -m pytest -q -m "not slow"
 
 test-all: $(STAMP) lint  ## all tests, those that take minutes or their own environment included
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --hypothesis-profile=default
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

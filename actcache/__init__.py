@@ -5,14 +5,30 @@
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Corpus", "Dataset", "Spec", "find", "harvest", "list_datasets", "open"]
+__all__ = [
+    "Corpus",
+    "Dataset",
+    "Spec",
+    "Where",
+    "find",
+    "harvest",
+    "list_datasets",
+    "mix",
+    "open",
+    "plan",
+    "zip",
+]
 
 _HOME = {
     "Corpus": ("spec", "Corpus"),
     "Spec": ("spec", "Spec"),
     "Dataset": ("reader", "Dataset"),
     "open": ("reader", "open_dataset"),
+    "Where": ("filters", "Where"),
+    "mix": ("mixing", "mix"),
+    "zip": ("mixing", "zip_datasets"),
     "harvest": ("driver", "harvest"),
+    "plan": ("planning", "plan"),
     "find": ("catalog", "find"),
     "list_datasets": ("catalog", "list_datasets"),
 }
@@ -20,6 +36,10 @@ _HOME = {
 if TYPE_CHECKING:
     from .catalog import find, list_datasets
     from .driver import harvest
+    from .filters import Where
+    from .mixing import mix
+    from .mixing import zip_datasets as zip
+    from .planning import plan
     from .reader import Dataset
     from .reader import open_dataset as open
     from .spec import Corpus, Spec

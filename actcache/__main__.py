@@ -1,94 +1,58 @@
-"""`actcache` on the command line: harvest, ls, info, verify, gc, rm. Heavy imports wait until they are needed."""
+"""`actcache` on the command line: plan, harvest, ls, info, verify, gc, rm. Heavy imports wait until they are needed."""
 
 import json
 import re
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .cli import run, storage_option
 from .progress import format_bytes, format_count
+from .spec_options import spec_options
+
+if TYPE_CHECKING:
+    from .spec import Spec
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-_DEFAULT_SITE = "blocks.3.hook_resid_post"
 _TABLE_WIDTH = 140  # columns; names of datasets are long, and a folded one cannot be copied
+
+
+def _pairs(option: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    pairs = {}
+    for item in values:
+        name, separator, value = item.partition("=")
+        if not name or not separator or not value:
+            raise click.BadParameter(f"{item!r} is not {option.metavar}")
+        pairs[name] = value
+    return pairs
+
+
+def _parse_labels(_: Any, option: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    return _pairs(option, values)
+
+
+def _parse_resources(_: Any, option: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
+    amounts = {}
+    for name, text in _pairs(option, values).items():
+        try:
+            amounts[name] = float(text)
+        except ValueError:
+            raise click.BadParameter(f"{name}={text}: the amount must be a number") from None
+    return amounts
 
 
 @click.group(context_settings=_SETTINGS)
 def cli() -> None:
     """Harvest a language model's activations once, stream them anywhere.
 
-    harvest makes a dataset, or finds it made; ls, info and verify look at what is there; gc and rm remove.
+    plan says what a harvest would take; harvest makes a dataset, or finds it made; ls, info and verify look at what is there; gc and rm remove.
     To train and evaluate SAEs on a dataset: python -m sae --help.
     """
 
 
 @cli.command(context_settings=_SETTINGS)
-@click.option(
-    "--model",
-    default="bundled:stdlib-gpt2",
-    show_default=True,
-    metavar="ID",
-    help="Hugging Face causal LM: id or directory.",
-)
-@click.option(
-    "--model-revision", metavar="REV", help="Hub commit, branch or tag. Default: the newest commit."
-)
-@click.option(
-    "--lm-dtype",
-    default="float32",
-    show_default=True,
-    help="What the LM runs in: float32, bfloat16 or float16. Never taken from the checkpoint.",
-)
-@click.option(
-    "--corpus",
-    "source",
-    default="bundled:stdlib",
-    show_default=True,
-    metavar="SOURCE",
-    help="File, glob, directory or URL of text, .jsonl or .parquet files; s3:// and hf:// too.",
-)
-@click.option(
-    "--text-field", default="text", show_default=True, help="Field (jsonl) or column (parquet) with the text."
-)
-@click.option(
-    "--max-tokens", type=int, metavar="N", help="Take only the first N tokens of the corpus. Default: all."
-)
-@click.option(
-    "--site",
-    "sites",
-    multiple=True,
-    metavar="SITE",
-    help="Where to take activations: a TransformerLens name (globs allowed: 'blocks.*.hook_resid_post') or a "
-    f"module path with :in or :out; repeat for several. Default for the bundled model: {_DEFAULT_SITE}.",
-)
-@click.option(
-    "--context-size", type=int, default=256, show_default=True, metavar="T", help="Tokens in a sequence."
-)
-@click.option(
-    "--tokens",
-    "n_tokens",
-    type=int,
-    default=2_000_000,
-    show_default=True,
-    metavar="N",
-    help="Rows wanted for training, rounded up to whole blocks; raise it later to extend the dataset.",
-)
-@click.option(
-    "--precision",
-    default="fvu:1e-3",
-    show_default=True,
-    help="fvu:<x> (int8; noise is at most the fraction x of the variance), rotated:<x> (the same noise on "
-    "principal components; fewer bits, slower), bf16, fp16 or fp32.",
-)
-@click.option(
-    "--block-rows", type=int, metavar="N", help="Rows in a block, the unit of work. Default: 131072."
-)
-@click.option(
-    "--prepend-bos/--no-prepend-bos", default=None, help="Start sequences with BOS. Default: if there is one."
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the shuffles.")
+@spec_options
 @click.option(
     "--root",
     required=True,
@@ -107,31 +71,73 @@ def cli() -> None:
 @click.option(
     "--lm-batch", type=int, default=32, show_default=True, metavar="B", help="Sequences in one forward pass."
 )
-@click.option("--device", default="cpu", show_default=True, help="Device of the LM: cpu, cuda, ...")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Device of the LM: cpu, cuda, ..., or auto to spread it over a worker's GPUs.",
+)
 @click.option(
     "--gpus-per-worker", type=float, default=0, show_default=True, help="GPUs that Ray reserves for an actor."
 )
+@click.option(
+    "--cpus-per-worker", type=float, default=1, show_default=True, help="CPUs that Ray reserves for an actor."
+)
+@click.option(
+    "--worker-resource",
+    "resources",
+    multiple=True,
+    metavar="NAME=AMOUNT",
+    callback=_parse_resources,
+    help="Custom Ray resource that an actor needs; repeat for several.",
+)
+@click.option(
+    "--worker-label",
+    "labels",
+    multiple=True,
+    metavar="KEY=VALUE",
+    callback=_parse_labels,
+    help="Label that an actor's node must have, e.g. pool=harvest; repeat for several.",
+)
+@click.option(
+    "--buffer",
+    "buffer_gib",
+    type=float,
+    default=4,
+    show_default=True,
+    metavar="GIB",
+    help="Rows and codes under way that a worker may hold in memory, beside the LM. One block always goes.",
+)
+@click.option(
+    "--attention",
+    metavar="KERNEL",
+    help="Attention kernel, e.g. flash_attention_2. Default: sdpa where it is right.",
+)
+@click.option("--compile", is_flag=True, help="Run the LM's blocks through torch.compile.")
 @click.option("--json", "as_json", is_flag=True, help="Print the dataset's description as JSON.")
 @storage_option
 def harvest(
-    source: str,
-    text_field: str,
-    max_tokens: int | None,
-    sites: tuple[str, ...],
+    spec: "Spec",
     root: str,
     workers: int,
     engine: str | None,
     lm_batch: int,
     device: str,
     gpus_per_worker: float,
+    cpus_per_worker: float,
+    resources: dict[str, float],
+    labels: dict[str, str],
+    buffer_gib: float,
+    attention: str | None,
+    compile: bool,
     as_json: bool,
     storage_options: dict[str, Any],
-    **fields: Any,
 ) -> None:
     """Run a language model over a corpus and store its activations.
 
     The same command resumes after a crash, returns at once when everything is there, and computes only
-    what is missing when --tokens is raised or a --site is added.
+    what is missing when --tokens is raised or a --site is added. While another run of it is at work, it waits.
+    SIGTERM ends it once the blocks in flight are committed.
 
     \b
     Examples:
@@ -141,13 +147,7 @@ def harvest(
           --workers 8 --device cuda --gpus-per-worker 1
     """
     from .driver import harvest as run_harvest
-    from .spec import Corpus, Spec
 
-    if not sites:
-        if not fields["model"].startswith("bundled:"):
-            raise click.UsageError("--site is required for this model, e.g. --site blocks.6.hook_resid_post")
-        sites = (_DEFAULT_SITE,)
-    spec = Spec(corpus=Corpus(source, text_field=text_field, max_tokens=max_tokens), sites=sites, **fields)
     dataset = run_harvest(
         spec,
         root,
@@ -156,9 +156,68 @@ def harvest(
         lm_batch=lm_batch,
         device=device,
         gpus_per_worker=gpus_per_worker,
+        attention=attention,
+        compile=compile,
+        buffer_bytes=int(buffer_gib * 2**30),
+        placement={"num_cpus": cpus_per_worker, "resources": resources, "label_selector": labels},
         storage_options=storage_options,
     )
     _print_info(dataset.url, storage_options, as_json)
+
+
+@cli.command(context_settings=_SETTINGS)
+@spec_options
+@click.option(
+    "--root", metavar="URL", help="Where it would be harvested: what is there already is taken into account."
+)
+@click.option(
+    "--rate",
+    type=float,
+    metavar="N",
+    help="Tokens/s of one worker. Default: that of a harvest of the same model under --root, scaled by "
+    "operations; else operations over the peak of --gpu times --mfu.",
+)
+@click.option("--gpu", metavar="NAME", help="GPU of the price table. Default: h100.")
+@click.option(
+    "--mfu", type=float, default=0.4, show_default=True, help="Share of the GPU's peak that is reached."
+)
+@click.option(
+    "--prices",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="TOML with your prices and GPUs in place of those of actcache/prices.toml, which are assumptions.",
+)
+@click.option(
+    "--months", type=float, default=1, show_default=True, help="How long the dataset is kept, for its cost."
+)
+@click.option("--workers", type=int, default=1, show_default=True, help="That run side by side.")
+@click.option(
+    "--gpus-per-worker", type=float, default=1, show_default=True, help="GPUs that one worker takes."
+)
+@click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
+@storage_option
+def plan(spec: "Spec", root: str | None, as_json: bool, **options: Any) -> None:
+    """Say what a harvest would take: rows, bytes, requests, GPU hours, dollars, and when it has paid.
+
+    Takes the options of `harvest`, writes nothing and reads no weights. What could not be counted in a
+    few seconds is estimated, and marked with ~. Prices are assumptions.
+
+    \b
+    Examples:
+      actcache plan --root data                             # the bundled model and corpus
+      actcache plan --model EleutherAI/pythia-160m --corpus 's3://bucket/pile/*.jsonl.gz' \\
+          --site 'blocks.{4,8}.hook_resid_post' --tokens 100000000 --lm-dtype bfloat16 \\
+          --root s3://bucket/acts --workers 8 --gpu a100 --prices ours.toml
+    """
+    from .planning import plan as make_plan
+
+    made = make_plan(spec, root, **options)
+    if as_json:
+        click.echo(json.dumps(made.as_json()))
+        return
+    from .plan_text import print_plan
+
+    print_plan(made, _console())
 
 
 @cli.command("ls", context_settings=_SETTINGS)

@@ -116,19 +116,23 @@ def coverage(
         n_rows: by split, what the corpus gives; without it a Spec of more than that looks unfinished.
     """
     block_rows = manifest.identity["block_rows"]
-    limits = {
-        "train": -(-spec.n_tokens // block_rows),
-        "validation": spec.validation_blocks,
-        "test": spec.test_blocks,
-    }
     have = wanted = 0
-    for split, asked in limits.items():
+    for split, asked in blocks_asked(spec, block_rows).items():
         limit = min(asked, -(-n_rows[split] // block_rows)) if split in n_rows else asked
         wanted += limit * len(sites)
         have += sum(
             min(limit, manifest.sites[site].n_blocks[split]) for site in sites if site in manifest.sites
         )
     return have, wanted
+
+
+def blocks_asked(spec: "Spec", block_rows: int) -> dict[str, int]:
+    """Blocks of each split that `spec` asks for; the corpus may give fewer."""
+    return {
+        "train": -(-spec.n_tokens // block_rows),
+        "validation": spec.validation_blocks,
+        "test": spec.test_blocks,
+    }
 
 
 def list_datasets(root: str, storage_options: Mapping[str, Any] | None = None) -> list[Entry]:
@@ -143,9 +147,13 @@ def list_datasets(root: str, storage_options: Mapping[str, Any] | None = None) -
     names = base.folders()
     if not names:
         raise NotADataset(f"nothing at {base.url}; give the root that harvests were written under")
+    return read_entries(base, [name for name in names if _may_be_dataset(name)])
+
+
+def read_entries(base: Store, names: Sequence[str]) -> list[Entry]:
+    """The datasets among the folders `names` of `base`, in that order: two requests each, 16 at a time."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        entries = pool.map(lambda name: _entry(base, name), [n for n in names if _may_be_dataset(n)])
-        return [entry for entry in entries if entry is not None]
+        return [entry for entry in pool.map(lambda name: _entry(base, name), names) if entry is not None]
 
 
 def _may_be_dataset(name: str) -> bool:

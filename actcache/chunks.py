@@ -93,7 +93,7 @@ class ChunkReader:
                     decode_chunk(payload, shape, array["dtype"], where, checksum, array["by_column"])
                 )
             except CorruptObject:  # once more, in case it was the transfer
-                again = self._read(key, start, stop)
+                again = self._read(key, start, stop, again=True)
                 if len(again) != stop - start:
                     raise CorruptObject(
                         f"{where} holds {start + len(again)} bytes, wanted {stop} or more; it is truncated"
@@ -101,9 +101,9 @@ class ChunkReader:
                 chunks.append(decode_chunk(again, shape, array["dtype"], where, checksum, array["by_column"]))
         return chunks
 
-    def _read(self, key: str, start: int, stop: int) -> bytes:
+    def _read(self, key: str, start: int, stop: int, again: bool = False) -> bytes:
         try:
-            return self.store.read(key, start, stop)
+            return (self.store.read_again if again else self.store.read)(key, start, stop)
         except FileNotFoundError:
             raise CorruptObject(
                 f"{self.store.url}/{key} is missing although it was committed; {RESTORE}"

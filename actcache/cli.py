@@ -1,6 +1,7 @@
 """How every command line of the project ends: one line on failure, a matching exit code.
 
-0 done; 1 failed; 2 the request cannot be met as written; 130 interrupted.
+0 done; 1 failed; 2 the request cannot be met as written; 130 interrupted; 143 ended by SIGTERM, after what was
+in flight had been finished.
 """
 
 import logging
@@ -10,7 +11,7 @@ from typing import Any
 
 import click
 
-from .errors import ActcacheError
+from .errors import ActcacheError, Drained
 
 
 def run(
@@ -29,6 +30,8 @@ def run(
     except ModuleNotFoundError as err:
         extra = "train" if prog.endswith("sae") else "harvest"
         return _fail(f"this needs {err.name}, which is not installed: pip install 'actcache[{extra}]'", 1)
+    except Drained as err:
+        return _fail(str(err), 143)
     except (ActcacheError, ValueError, OSError) as err:
         return _fail(str(err), 2 if isinstance(err, ValueError) else 1)
     return 0

@@ -16,14 +16,14 @@ from .errors import Conflict, NonFiniteActivation, SpecError
 CORE_RADIUS = 16.0
 """A core row lies within this many times the median squared distance from the per-channel median."""
 
-_MAX_CODE = {"fvu": 127, "rotated": 32767}
+MAX_CODE = {"fvu": 127, "rotated": 32767}
 """Symmetric: the integer below -127 or -32767 stays unused, so that it marks holes."""
 _MARGIN = 0.95  # without it "noise <= fvu" is a coin flip; it costs 0.04 bit
 _EDGE = 2.0**-5  # by which kernels may differ at the edge of a code's range: bf16 rounds to 2^-8
 _PIECE_VALUES = 2**17
 _PRODUCT_ROWS = 1024  # fewer, and a product with a wide rotation waits for memory
 _SAFE_PEAK = 1e15  # squares of what is smaller, and their sums, stay float32 numbers
-_LARGEST = 2.0**127  # distance from the offset at which decoding could overflow float32; less by D if rotated
+LARGEST = 2.0**127  # distance from the offset at which decoding could overflow float32; less by D if rotated
 _TINY_STEP = 2.0**-100  # a constant site still gets a positive step
 
 
@@ -44,7 +44,7 @@ class Precision:
         if text in ("bf16", "fp16", "fp32"):
             return cls(text)
         kind, _, number = text.partition(":")
-        if kind in _MAX_CODE:
+        if kind in MAX_CODE:
             try:
                 fvu = float(number)
             except ValueError:
@@ -62,7 +62,7 @@ class Precision:
     @property
     def quantised(self) -> bool:
         """Whether rows are stored as integer codes with a scale."""
-        return self.kind in _MAX_CODE
+        return self.kind in MAX_CODE
 
     @property
     def rotated(self) -> bool:
@@ -166,23 +166,27 @@ def _formula_step(core_variance: float, d_in: int, fvu: float) -> float:
 def _choose_step(
     core_MD: np.ndarray, offset_D: np.ndarray, core_variance: float, precision: Precision
 ) -> float:
-    """The formula's step; smaller where some core rows need a multiple of it.
+    """The formula's step; smaller where its noise is more than the formula says: some core rows need a multiple
+    of it, or values are so few that their errors are not uniform.
 
     Raises:
         SpecError: no step keeps the noise, since single values dwarf their rows.
     """
-    fvu, reached = precision.fvu, np.inf
+    fvu, least = precision.fvu, np.inf
     widest = _formula_step(core_variance, core_MD.shape[1], fvu)
+    n_rescaled = 0
     for shrink in (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5):
         step = float(np.float32(widest * shrink))
         noise, rescaled = _noise(core_MD, offset_D, step, precision)
-        if not rescaled:
+        allowed = (0.98 if rescaled else 1.0) * fvu * core_variance * len(core_MD)
+        if noise <= allowed:
             return step
-        reached = min(reached, noise / (core_variance * len(core_MD)))
-        if reached <= 0.98 * fvu:
-            return step
+        n_rescaled += rescaled
+        least = min(least, noise)
+    if not n_rescaled:  # what is left is float32's own rounding of rows far from zero
+        return float(np.float32(widest))
     raise SpecError(
-        f"int8 codes reach FVU {reached:.2g} at this site, wanted {fvu:g}: single values dwarf their rows. "
+        f"int8 codes reach FVU {least / (core_variance * len(core_MD)):.2g} at this site, wanted {fvu:g}: single values dwarf their rows. "
         f"Store it as rotated:{fvu:g} or bf16, or accept a larger fvu"
     )
 
@@ -224,7 +228,7 @@ def _noise(
 ) -> tuple[float, bool]:
     """Squared error of quantising, summed in float64, and whether any row needed a multiple of the step."""
     noise, rescaled = 0.0, False
-    for part, codes_ND, scale_N in _quantised_pieces(rows_ND, offset_D, step, _MAX_CODE[precision.kind]):
+    for part, codes_ND, scale_N in _quantised_pieces(rows_ND, offset_D, step, MAX_CODE[precision.kind]):
         error_ND = codes_ND * scale_N[:, None] + offset_D - rows_ND[part]
         noise += float(np.einsum("nd,nd->", error_ND, error_ND, dtype=np.float64))
         rescaled = rescaled or bool((scale_N != np.float32(step)).any())
@@ -271,7 +275,7 @@ def quantise(
         Conflict: a value exceeds what its given scale holds by more than rounding does.
     """
     codes_ND, scale_N = np.empty(acts_ND.shape, np.int8), np.empty(len(acts_ND), np.float32)
-    for part, scaled_ND, scale in _quantised_pieces(acts_ND, offset_D, step, _MAX_CODE["fvu"], given_N):
+    for part, scaled_ND, scale in _quantised_pieces(acts_ND, offset_D, step, MAX_CODE["fvu"], given_N):
         np.copyto(codes_ND[part], scaled_ND, casting="unsafe")
         scale_N[part] = scale
     return codes_ND, scale_N
@@ -298,7 +302,7 @@ def quantise_rotated(
         rows = slice(i, i + _PRODUCT_ROWS)
         projected_ND = _project(acts_ND[rows], calibration.offset_D, calibration.rotation_DD)
         given = None if given_N is None else given_N[rows]
-        pieces = _quantised_pieces(projected_ND, centre_D, calibration.step, _MAX_CODE["rotated"], given)
+        pieces = _quantised_pieces(projected_ND, centre_D, calibration.step, MAX_CODE["rotated"], given, i)
         for part, scaled_ND, scale in pieces:
             signed_ND = scaled_ND.astype(np.int16)
             codes_ND[rows][part] = ((signed_ND << 1) ^ (signed_ND >> 15)).view(np.uint16)
@@ -307,9 +311,16 @@ def quantise_rotated(
 
 
 def _quantised_pieces(
-    rows_ND: np.ndarray, offset_D: np.ndarray, step: float, max_code: int, given_N: np.ndarray | None = None
+    rows_ND: np.ndarray,
+    offset_D: np.ndarray,
+    step: float,
+    max_code: int,
+    given_N: np.ndarray | None = None,
+    first: int = 0,
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     """Yield (rows, codes as integral float32, scale) of pieces; the codes' memory is used again.
+
+    Errors number the rows from `first`.
 
     Pieces stay in a core's cache: 2.4 times the speed of passes over all rows.
     """
@@ -323,16 +334,17 @@ def _quantised_pieces(
             scaled_ND *= np.float32(1.0 / step)
         if given_N is not None:
             scale_N = given_N[i : i + n_rows]
-            _rescale_as_given(piece_ND, offset_D, step, scale_N, max_code, scaled_ND)
+            check_finite(piece_ND, "row", first + i)
+            _rescale_as_given(piece_ND, offset_D, step, scale_N, max_code, scaled_ND, first + i)
             yield slice(i, i + n_rows), scaled_ND, scale_N
             continue
         scale_N = np.full(len(piece_ND), step, np.float32)
         # one maximum over all took 6 us where one a row took 48, and large rows are rare; NaN fails it too
         if not max(scaled_ND.max(), -scaled_ND.min()) <= limit:
-            check_finite(piece_ND, "row")
+            check_finite(piece_ND, "row", first + i)
             large = np.flatnonzero(~(np.abs(scaled_ND).max(axis=1) <= limit))
             centred_MD = piece_ND[large].astype(np.float64) - offset_D
-            _check_range(centred_MD, large + i, Precision("fvu"))
+            _check_range(centred_MD, first + i + large, Precision("fvu"))
             # frexp gives peak / (limit * step) = m * 2^e with m in [0.5, 1): 2^e is the multiple that holds it
             fraction_M, power_M = np.frexp(np.abs(centred_MD).max(axis=1) / (limit * step))
             scale_N[large] *= np.exp2(power_M - (fraction_M == 0.5))
@@ -347,16 +359,16 @@ def _rescale_as_given(
     scale_N: np.ndarray,
     max_code: int,
     scaled_ND: np.ndarray,
+    first: int,
 ) -> None:
-    """Make, in place, of rows over `step` their codes at the scales given."""
-    check_finite(piece_ND, "row")
+    """Make, in place, of rows (`first` and on) over `step` their codes at the scales given."""
     large = np.flatnonzero(scale_N != np.float32(step))
     scaled_ND[large] = (piece_ND[large].astype(np.float64) - offset_D) / scale_N[large, None]
     peak_N = np.abs(scaled_ND).max(axis=1, initial=0.0)
     if (peak_N > (max_code + 0.49) * (1 + _EDGE)).any():
         row = int(np.argmax(peak_N))
         raise Conflict(
-            f"a row reaches code {peak_N[row]:.1f} at the scale {scale_N[row]} that is stored for it"
+            f"row {first + row} reaches code {peak_N[row]:.1f} at the scale {scale_N[row]} that is stored for it"
         )
     np.clip(np.rint(scaled_ND, out=scaled_ND), -max_code, max_code, out=scaled_ND)
 
@@ -449,8 +461,8 @@ def squared_distance(acts_ND: np.ndarray, centre_D: np.ndarray) -> np.ndarray:
     return np.einsum("nd,nd->n", diff_ND, diff_ND).astype(np.float64)
 
 
-def check_finite(acts_ND: np.ndarray, what: str) -> None:
-    """Raise NonFiniteActivation naming the first row with an inf or NaN."""
+def check_finite(acts_ND: np.ndarray, what: str, first: int = 0) -> None:
+    """Raise NonFiniteActivation naming the first row with an inf or NaN; rows are numbered from `first`."""
     if acts_ND.size and np.isfinite(acts_ND.max()) and np.isfinite(acts_ND.min()):
         return
     finite_N = np.isfinite(acts_ND).all(axis=1)
@@ -458,20 +470,22 @@ def check_finite(acts_ND: np.ndarray, what: str) -> None:
         row = int(np.flatnonzero(~finite_N)[0])
         channel = int(np.flatnonzero(~np.isfinite(acts_ND[row]))[0])
         raise NonFiniteActivation(
-            f"{what} {row} holds {acts_ND[row, channel]} at channel {channel}; wanted finite values. "
-            "Run the LM in float32 or bfloat16 (fp16 overflows at 65504), or check its weights"
+            f"{what} {first + row} holds {acts_ND[row, channel]} at channel {channel}; wanted finite values. "
+            "Run the LM in float32 or bfloat16 (fp16 overflows at 65504), or check its weights",
+            row=first + row,
         )
 
 
 def _check_range(centred_MD: np.ndarray, row_M: np.ndarray, precision: Precision) -> None:
     """Refuse rows (numbered `row_M`) so large that decoding them could overflow float32."""
-    largest = _LARGEST / (centred_MD.shape[1] if precision.rotated else 1)
+    largest = LARGEST / (centred_MD.shape[1] if precision.rotated else 1)
     if not len(centred_MD) or max(centred_MD.max(), -centred_MD.min()) < largest:
         return
     row, channel = np.argwhere(~(np.abs(centred_MD) < largest))[0]
     raise NonFiniteActivation(
         f"row {row_M[row]} holds about {centred_MD[row, channel]:.3g} at channel {channel}; quantised values must "
-        f"stay below {largest:.2g}. Store the site as fp32, or check the LM's weights"
+        f"stay below {largest:.2g}. Store the site as fp32, or check the LM's weights",
+        row=int(row_M[row]),
     )
 
 

@@ -7,8 +7,9 @@ Shapes: N rows, D = d_in.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,8 +100,9 @@ def _adopt(store: Store, key: str, data: bytes, values: np.ndarray, array: Mappi
 class BlockCommit:
     """One block on its way into the store: `scale` of every site, `codes`, `tokens`, then `record`.
 
-    A scale is stored before any code is, and holds from then on for every writer of the block: so
-    codes belong to the scales beside them, whoever stored either.
+    A site's scale is stored before its codes are, and holds from then on for every writer of the block:
+    so codes belong to the scales beside them, whoever stored either. Sites, and the writes of `tokens`,
+    may go in several threads.
     """
 
     def __init__(
@@ -124,6 +126,11 @@ class BlockCommit:
         self._note(path, self._plan.block, stored)
         return stored.rows
 
+    @property
+    def size_bytes(self) -> int:
+        """Of the objects so far."""
+        return sum(o.size_bytes for o in self._objects)
+
     def codes(self, site: str, codes_ND: np.ndarray) -> np.ndarray:
         """Store a site's codes; returns those that hold: these, or what another run stored."""
         path = f"{site}/codes"
@@ -131,9 +138,10 @@ class BlockCommit:
         self._note(path, self._plan.block, stored)
         return codes_ND if np.array_equal(stored.rows, codes_ND) else stored.rows
 
-    def tokens(self, tokens: "TokenStore") -> None:
-        """Store which token each row is, and the `input_ids` that this block brings."""
+    def tokens(self, tokens: "TokenStore") -> list[Callable[[], None]]:
+        """What stores which token each row is, and the `input_ids` that this block brings, array by array."""
         plan, layout = self._plan, self._layout
+        writes: list[Callable[[], None]] = []
         sequence_N, position_N = np.nonzero(plan.chosen_ST)
         for name, natural in (
             ("token_id", plan.input_ids_ST[plan.chosen_ST]),
@@ -142,10 +150,11 @@ class BlockCommit:
         ):
             values = np.empty(plan.n_rows, layout[name]["dtype"])
             values[plan.place_N] = natural
-            self._exact(name, plan.block, values)
-        for shard, input_ids_ST, length_S in self._sequence_shards(tokens):
-            self._exact("input_ids", shard, input_ids_ST.astype(layout["input_ids"]["dtype"]))
-            self._exact("length", shard, length_S.astype(np.uint32))
+            writes.append(partial(self._exact, name, plan.block, values))
+        for shard, arrays in self._sequence_shards(tokens):
+            for name, values in arrays.items():
+                writes.append(partial(self._exact, name, shard, values.astype(layout[name]["dtype"])))
+        return writes
 
     def record(self, statistics: Mapping[str, Statistics]) -> bytes:
         """Commit the block; returns the record that holds: this one, or that of who was first.
@@ -153,10 +162,9 @@ class BlockCommit:
         Then whatever this writer met in the store is looked for once more and written again if it is
         gone: a collector that saw no record of it may have removed it meanwhile.
         """
-        plan = self._plan
-        record = BlockRecord(
-            plan.split, plan.block, plan.n_rows, plan.last_sequence, tuple(self._objects), statistics
-        )
+        plan, place = self._plan, {self._path(path): i for i, path in enumerate(self._layout)}
+        objects = tuple(sorted(self._objects, key=lambda o: (place[o.path], o.shard)))
+        record = BlockRecord(plan.split, plan.block, plan.n_rows, plan.last_sequence, objects, statistics)
         data = record.to_json()
         try:
             self._store.create(record.key, data)
@@ -202,15 +210,17 @@ class BlockCommit:
         if not shard.ours:
             self._found.append(shard)
 
-    def _sequence_shards(self, tokens: "TokenStore") -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """The `input_ids` shards that this block writes: those whose first sequence has its first row here."""
+    def _sequence_shards(self, tokens: "TokenStore") -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """The shards by sequence that this block writes: those whose first sequence has its first row here."""
         plan, per_shard = self._plan, sequences_per_shard(self._identity)
         row_start = tokens.row_start(plan.split)
         begin = int(np.searchsorted(row_start, plan.block * self._identity["block_rows"], side="left"))
         for shard in range(-(-begin // per_shard), -(-plan.last_sequence // per_shard)):
             first = shard * per_shard
             last = min(first + per_shard, tokens.n_sequences(plan.split))
-            yield shard, *tokens.sequences(plan.split, first, last)
+            input_ids_ST, length_S = tokens.sequences(plan.split, first, last)
+            documents = tokens.documents(plan.split, first, last)
+            yield shard, {"input_ids": input_ids_ST, "length": length_S, **documents}
 
 
 def check_adopted(statistics: Statistics, calibration: Calibration, what: str) -> None:

@@ -123,7 +123,9 @@ class Committed:
         known = self.manifest.fidelity if self.manifest else {}
         return [site for site in self.widths if _MEASURED not in known.get(site, {})]
 
-    def commit(self, losses: Mapping[str, Mapping[str, float]], provenance: Mapping[str, Any]) -> Manifest:
+    def commit(
+        self, losses: Mapping[str, Mapping[str, float | None]], provenance: Mapping[str, Any]
+    ) -> Manifest:
         """Compact the loose records and create the next version.
 
         Another driver may create that version first: then what it committed is taken in and the next
@@ -149,7 +151,7 @@ class Committed:
 
     def _next(
         self,
-        losses: Mapping[str, Mapping[str, float]],
+        losses: Mapping[str, Mapping[str, float | None]],
         provenance: Mapping[str, Any],
         new: Sequence[Segment],
     ) -> Manifest:
@@ -209,7 +211,7 @@ class Committed:
             if n
         }
 
-    def _fidelity(self, site: str, stored: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
+    def _fidelity(self, site: str, stored: Mapping[str, Mapping[str, int]]) -> dict[str, float | None]:
         """How well and how tightly a site is stored: its train split's numbers, or the first's with rows."""
         for split in SPLITS:
             statistics = self._runs_of(split, site).statistics
@@ -326,7 +328,7 @@ def _unbroken(blocks: Sequence[int]) -> Iterator[Sequence[int]]:
 
 def _holds(
     sites: Mapping[str, SiteExtent],
-    fidelity: Mapping[str, Mapping[str, float]],
+    fidelity: Mapping[str, Mapping[str, float | None]],
     wanted: Mapping[str, Mapping[str, int]],
 ) -> bool:
     """Whether nothing of what is wanted, by site and split, is left to compute or to measure."""

@@ -1,152 +1,87 @@
-"""Corpora and token stores: text in, packed and globally shuffled sequences out.
+"""Token stores: a corpus's documents in, packed and globally shuffled sequences out.
 
-A corpus is read document by document; each goes to a split by a hash of its content, is
-tokenised and packed. Each split is shuffled once at sequence level into a *token store*: plain
-Zarr that every model with the tokenizer shares. What is skipped is counted and reported.
-Specified in docs/format.md, "Token store".
-Shapes: S sequences of a split, T = context_size.
+Each document goes to a split by a hash of its content, is tokenised and packed. Each split is
+shuffled once at sequence level into a *token store*: plain Zarr that every model with the tokenizer
+shares. Memory does not grow with the corpus but for 24 bytes a sequence while a split is shuffled.
+What is skipped is counted and reported. Specified in docs/format.md, "Token store".
+Shapes: S sequences of a split, T = context_size, M documents of a split.
 """
 
 import hashlib
 import json
 import logging
-import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import fsspec
 import numpy as np
 
 from .commit import create_exact_shard
 from .errors import CorpusError, FormatError, SpecError
 from .manifest import SPLITS, check_format
 from .order import permutation
+from .packing import Packer, Spill, position_ids
+from .pieces import PIECE_LENGTH, may_be_cut, pieces
 from .progress import Progress, format_count
-from .retry import client_errors
 from .shard import array_metadata, decode_shard, group_metadata, shard_key
+from .sources import EMPTY, Document, ResolvedCorpus, Skipped, documents
 from .spec import FORMAT, Corpus, Spec, canonical_json, digest, token_store_name
-from .store import Store, client_options
+from .store import Store
 
 log = logging.getLogger(__name__)
 
-_SHARD_SEQUENCES = 4096
-_CHUNK_SEQUENCES = 256
-_ARRAY = {"chunk_rows": _CHUNK_SEQUENCES, "shard_rows": _SHARD_SEQUENCES, "fill": 0, "by_column": False}
-_BATCH_DOCUMENTS = 64
-_JSONL = (".jsonl", ".jsonl.gz", ".ndjson")
+A = TypeVar("A")
+B = TypeVar("B")
+Map = Callable[[Callable[[A], B], Iterable[A]], Iterator[B]]
+"""How batches of documents are encoded: like `map`, results in order, possibly many at a time."""
+
+DOCUMENT_ROWS = (65_536, 4_096)
+"""Shard and chunk rows of a token store's arrays by document."""
+_BATCH_DOCUMENTS = 512
+_BATCH_LENGTH = 2**20
+"""Characters (or token ids) of a batch; a longer document is a batch of its own."""
+_TAKE_TOKENS = 2**20
+_WRITES = 4
+_HUGE = 2**24
+"""Characters from which on tokenising a document as a whole takes gigabytes."""
 
 
-def split_of(text: str, validation_share: float = 0.05, test_share: float = 0.05) -> str:
+def split_of(content: str | bytes, validation_share: float = 0.05, test_share: float = 0.05) -> str:
     """The split of a document: fixed by its content alone, so a duplicate lands in the same one."""
-    u = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    data = content.encode() if isinstance(content, str) else content
+    u = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64
     if u < validation_share:
         return "validation"
     return "test" if u < validation_share + test_share else "train"
-
-
-@dataclass
-class Skipped:
-    """How many documents were passed over, by reason; the report and the token store state it."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    first: dict[str, str] = field(default_factory=dict)
-    """Where each reason was met first."""
-
-    def add(self, reason: str, where: str) -> None:
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        self.first.setdefault(reason, where)
-
-
-@dataclass(frozen=True)
-class ResolvedCorpus:
-    """The files of a corpus, in reading order, and the digest that fixes their content."""
-
-    corpus: Corpus
-    files: tuple[str, ...]
-    """fsspec URLs or local paths, sorted."""
-    storage_options: Mapping[str, Any]
-    format: str
-    """text, jsonl or parquet."""
-    revision: str
-
-    def identity(self) -> dict[str, Any]:
-        """What enters the token store's identity; no path and no URL does."""
-        corpus = self.corpus
-        return {
-            "format": self.format,
-            "revision": self.revision,
-            "text_field": corpus.text_field if self.format != "text" else None,
-            "max_tokens": corpus.max_tokens,
-            "split_rule": {
-                "by": "sha256 of the content",
-                "validation_share": float(corpus.validation_share),
-                "test_share": float(corpus.test_share),
-            },
-        }
-
-
-def resolve_corpus(corpus: Corpus, storage_options: Mapping[str, Any] | None = None) -> ResolvedCorpus:
-    """Find the corpus's files and fix their content by a digest.
-
-    Raises:
-        CorpusError: nothing matches, or files of different formats do.
-    """
-    options = client_options(storage_options)
-    if corpus.source == "bundled:stdlib":
-        files = _stdlib_files()
-        options = {}
-    elif corpus.source.startswith("bundled:"):
-        raise CorpusError(f"corpus {corpus.source!r} is not bundled; the only one is bundled:stdlib")
-    else:
-        files = _find_files(corpus.source, options)
-    formats = {_format_of(f) for f in files}
-    if len(formats) > 1:
-        raise CorpusError(
-            f"corpus {corpus.source!r} matches files of formats {', '.join(sorted(formats))}; give a glob of one"
-        )
-    revision = corpus.revision or _content_digest(files, options)
-    return ResolvedCorpus(corpus, tuple(files), options, formats.pop(), revision)
-
-
-def documents(resolved: ResolvedCorpus, skipped: Skipped) -> Iterator[str]:
-    """The corpus's non-empty texts, in order; what cannot be read is counted in `skipped`."""
-    field_name = resolved.corpus.text_field
-    for file in resolved.files:
-        if resolved.format == "text":
-            texts = iter([(file, _read_text(file, resolved.storage_options))])
-        elif resolved.format == "jsonl":
-            texts = _jsonl_texts(file, field_name, resolved.storage_options)
-        else:
-            texts = _parquet_texts(file, field_name, resolved.storage_options)
-        for where, text in texts:
-            if text is None:
-                skipped.add("not valid UTF-8 or JSON, or without the text field", where)
-            elif not text.strip():
-                skipped.add("empty", where)
-            elif not _encodable(text):
-                skipped.add("not valid Unicode (lone surrogates)", where)
-            else:
-                yield text
 
 
 def tokens_identity(spec: Spec, resolved: ResolvedCorpus, tokenizer: Any) -> dict[str, Any]:
     """The identity of the token store: what decides which token is where, and nothing of the model.
 
     Raises:
-        SpecError: the tokenizer has no EOS to join documents with, or no BOS where one is asked for.
+        SpecError: the tokenizer has no EOS to join documents with, no BOS where one is asked for, or no
+            chat template for a corpus of chats.
     """
-    if tokenizer.eos_token_id is None:
+    if spec.packing == "concat" and tokenizer.eos_token_id is None:
         raise SpecError("the tokenizer has no EOS token; packing 'concat' joins documents with it. Set one")
     prepend_bos = tokenizer.bos_token_id is not None if spec.prepend_bos is None else spec.prepend_bos
     if prepend_bos and tokenizer.bos_token_id is None:
         raise SpecError("prepend_bos is True, but the tokenizer has no BOS token; set prepend_bos to False")
+    template = None
+    if spec.corpus.chat_field is not None:
+        template = tokenizer.get_chat_template() if tokenizer.chat_template else None
+        if template is None:
+            raise SpecError("the tokenizer has no chat template to render chat_field with; use text_field")
     return {
         "format": FORMAT,
         "tokenizer": tokenizer_digest(tokenizer),
         "vocab_size": len(tokenizer),
+        "chat_template": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
         "corpus": resolved.identity(),
         "packing": spec.packing,
         "context_size": spec.context_size,
@@ -177,12 +112,21 @@ def kept_tokens(
     return inside_ST & ~np.isin(input_ids_ST, np.asarray(special_token_ids, input_ids_ST.dtype))
 
 
+def sequence_rows(context_size: int) -> tuple[int, int]:
+    """Shard and chunk rows of arrays by sequence: a shard is about 2^20 tokens, a chunk its 16th part."""
+    shard = min(4096, max(64, 1 << (2**20 // context_size).bit_length() - 1))
+    return shard, shard // 16
+
+
 class TokenStore:
-    """Committed, shuffled sequences of each split. Reads are ranged; nothing is held but one shard."""
+    """Committed, shuffled sequences of each split. Reads are of whole shards, a few of which are held.
+
+    What grows with the corpus is `row_start`: 8 bytes a sequence of the split.
+    """
 
     def __init__(self, store: Store, manifest: Mapping[str, Any]) -> None:
         self.store, self.manifest = store, manifest
-        self._shard = lru_cache(maxsize=4)(self._read_shard)
+        self._shard = lru_cache(maxsize=8)(self._read_shard)
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -202,36 +146,63 @@ class TokenStore:
         """Kept tokens of the split."""
         return int(self.manifest["splits"][split]["n_rows"])
 
+    def n_documents(self, split: str) -> int:
+        """M of the split."""
+        return int(self.manifest["splits"][split]["n_documents"])
+
     def row_start(self, split: str) -> np.ndarray:
         """int64 [S + 1]: kept rows before each sequence."""
         return self._row_start(split)
 
     @lru_cache(maxsize=4)  # noqa: B019 - one store per process, three splits
     def _row_start(self, split: str) -> np.ndarray:
-        n = self.n_sequences(split) + 1
-        shards = -(-n // _SHARD_SEQUENCES)
-        return np.concatenate([self._shard(f"{split}/row_start", i, n) for i in range(shards)])
+        return self.rows(split, "row_start", 0, self.n_sequences(split) + 1)
 
     def sequences(self, split: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Sequences [start, stop): input_ids [n, T] (padded with EOS) and length [n]."""
-        n = self.n_sequences(split)
-        assert 0 <= start <= stop <= n
-        ids, lengths = [], []
-        for shard in range(start // _SHARD_SEQUENCES, -(-stop // _SHARD_SEQUENCES)):
-            base = shard * _SHARD_SEQUENCES
-            part = slice(max(start - base, 0), stop - base)
-            ids.append(self._shard(f"{split}/input_ids", shard, n)[part])
-            lengths.append(self._shard(f"{split}/length", shard, n)[part])
-        return np.concatenate(ids), np.concatenate(lengths)
+        return self.rows(split, "input_ids", start, stop), self.rows(split, "length", start, stop)
 
-    def _read_shard(self, path: str, shard: int, n: int) -> np.ndarray:
+    def documents(self, split: str, start: int, stop: int) -> dict[str, np.ndarray]:
+        """`document`, `document_offset` and `document_begins` of sequences [start, stop)."""
+        names = ("document", "document_offset", "document_begins")
+        return {name: self.rows(split, name, start, stop) for name in names}
+
+    def position_ids(self, split: str, start: int, stop: int) -> np.ndarray | None:
+        """int64 [n, T] of sequences [start, stop), from 0 in each document; None unless they are `isolated`."""
+        if self.identity["packing"] != "isolated":
+            return None
+        return position_ids(self.documents(split, start, stop)["document_begins"])
+
+    def source(self, split: str, document: int) -> tuple[str, int]:
+        """The file (below the corpus's folder) and the record in it (from 0) of a document of the split."""
+        file = self.rows(split, "document_file", document, document + 1)[0]
+        record = self.rows(split, "document_record", document, document + 1)[0]
+        return self.manifest["files"][file], int(record)
+
+    def rows(self, split: str, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of one of the split's arrays; docs/format.md, "Token store", lists them."""
+        path = f"{split}/{name}"
         array = self.manifest["arrays"][path]
-        rows = min(n - shard * _SHARD_SEQUENCES, _SHARD_SEQUENCES)
+        shard_rows = self._layout(path)[0]
+        assert 0 <= start <= stop <= array["shape"][0]
+        parts = [np.empty((0, *array["shape"][1:]), array["dtype"])]
+        for shard in range(start // shard_rows, -(-stop // shard_rows)):
+            base = shard * shard_rows
+            parts.append(self._shard(path, shard)[max(start - base, 0) : stop - base])
+        return np.concatenate(parts)
+
+    def _layout(self, path: str) -> tuple[int, int]:
+        by_document = path.split("/")[1] in ("document_start", "document_file", "document_record")
+        return DOCUMENT_ROWS if by_document else sequence_rows(self.context_size)
+
+    def _read_shard(self, path: str, shard: int) -> np.ndarray:
+        array, (shard_rows, chunk_rows) = self.manifest["arrays"][path], self._layout(path)
+        rows = min(array["shape"][0] - shard * shard_rows, shard_rows)
         key = shard_key(path, shard, len(array["shape"]))
         data = self.store.read(key)
-        chunk_shape = (_CHUNK_SEQUENCES, *array["shape"][1:])
+        chunk_shape = (chunk_rows, *array["shape"][1:])
         dtype = np.dtype(array["dtype"])
-        return decode_shard(data, rows, chunk_shape, _SHARD_SEQUENCES, dtype, f"{self.store.url}/{key}")
+        return decode_shard(data, rows, chunk_shape, shard_rows, dtype, f"{self.store.url}/{key}")
 
 
 def open_tokens(store: Store) -> TokenStore | None:
@@ -248,32 +219,69 @@ def open_tokens(store: Store) -> TokenStore | None:
     return TokenStore(store, manifest)
 
 
+def in_order(function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
+    """`map` that works on the next item in a thread while the caller has the last one in hand."""
+    with ThreadPoolExecutor(1, thread_name_prefix="encode") as pool:
+        running: deque[Future[B]] = deque()
+        try:
+            for item in items:
+                running.append(pool.submit(function, item))
+                if len(running) > 1:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()
+
+
 def tokenise(
-    spec: Spec, resolved: ResolvedCorpus, tokenizer: Any, root: Store, *, progress: bool = True
+    spec: Spec,
+    resolved: ResolvedCorpus,
+    tokenizer: Any,
+    root: Store,
+    *,
+    run: Map[Any, Any] = in_order,
+    progress: bool = True,
 ) -> TokenStore:
     """The token store of this corpus and tokenizer under `root`; built unless it is there.
 
+    Args:
+        run: encodes batches of documents; results come in the order of the batches. The store is the
+            same whatever it is.
+
     Raises:
-        CorpusError: the corpus has no text, or no token of it would be a row.
+        CorpusError: the corpus has no text, or no token of it would be a row; a malformed document in
+            a strict corpus.
     """
     identity = tokens_identity(spec, resolved, tokenizer)
     store = root.sub(f"tokens/{token_store_name(identity, spec.corpus.source)}")
     found = open_tokens(store)
     if found is not None:
+        if spec.corpus.strict and any(
+            count for reason, count in found.manifest["skipped"].items() if reason != EMPTY
+        ):
+            raise CorpusError(
+                f"{store.url} was built without these documents: {found.manifest['skipped']}. Repair them, or read "
+                "the corpus without strict"
+            )
         return found
-    skipped = Skipped()
-    streams = _tokenise_documents(resolved, tokenizer, identity, skipped, progress)
-    for reason, count in skipped.counts.items():
-        log.warning("%d documents skipped (%s), the first is %s", count, reason, skipped.first[reason])
-    if not any(len(s) for s in streams.values()):
-        raise CorpusError(f"corpus {spec.corpus.source!r} holds no text ({len(resolved.files)} files read)")
+    skipped = Skipped(strict=spec.corpus.strict)
     arrays: dict[str, Any] = {}
-    splits = {
-        split: _write_split(
-            store, split, np.concatenate(streams[split] or [np.zeros(0, np.uint32)]), identity, arrays
-        )
-        for split in SPLITS
-    }
+    with tempfile.TemporaryDirectory(prefix="actcache-") as scratch, _Uploads(store) as uploads:
+        writers = {split: _Split(split, identity, Path(scratch), uploads, arrays) for split in SPLITS}
+        encode = Encoder(tokenizer, spec.corpus, identity, may_be_cut(tokenizer))
+        with Progress("tokenise", spec.corpus.max_tokens, "tokens", show=progress) as bar:
+            for document in _encoded(resolved, encode, skipped, run):
+                writers[document.split].add(document)
+                bar.advance(len(document.ids))
+        for reason, count in skipped.counts.items():
+            log.warning("%d documents skipped (%s), the first is %s", count, reason, skipped.first[reason])
+        if not any(writer.packer.n_documents for writer in writers.values()):
+            raise CorpusError(
+                f"corpus {spec.corpus.source!r} holds no text ({len(resolved.files)} files read)"
+            )
+        splits = {split: writer.finish() for split, writer in writers.items()}
     if not splits["train"]["n_rows"]:
         raise CorpusError(
             f"corpus {spec.corpus.source!r} keeps no row: every token of its train split is special"
@@ -285,6 +293,7 @@ def tokenise(
         "identity": identity,
         "splits": splits,
         "arrays": arrays,
+        "files": resolved.names,
         "skipped": skipped.counts,
     }
     for split in SPLITS:
@@ -295,200 +304,260 @@ def tokenise(
     return TokenStore(store, manifest)
 
 
-def _tokenise_documents(
-    resolved: ResolvedCorpus, tokenizer: Any, identity: Mapping[str, Any], skipped: Skipped, progress: bool
-) -> dict[str, list[np.ndarray]]:
-    """Token ids of each split's documents in order, each followed by EOS."""
-    corpus, eos = resolved.corpus, identity["eos_token_id"]
-    streams: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    seen = 0
-    with Progress("tokenise", corpus.max_tokens, "tokens", show=progress) as bar:
-        for batch in _batched(documents(resolved, skipped), _BATCH_DOCUMENTS):
-            ids = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-                "input_ids"
-            ]
-            for text, document in zip(batch, ids, strict=True):
-                if corpus.max_tokens is not None and seen >= corpus.max_tokens:
-                    return streams
-                split = split_of(text, corpus.validation_share, corpus.test_share)
-                streams[split].append(np.asarray([*document, eos], np.uint32))
-                seen += len(document) + 1
-                bar.advance(len(document) + 1)
-    return streams
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A document as token ids, or why it is passed over."""
+
+    file: int
+    record: int
+    split: str
+    ids: np.ndarray
+    reason: str | None = None
 
 
-def _write_split(
-    store: Store, split: str, stream: np.ndarray, identity: Mapping[str, Any], arrays: dict[str, Any]
-) -> dict[str, int]:
-    """Pack, shuffle and store one split's token stream; returns its sizes."""
-    dtype = np.dtype("<u2" if identity["vocab_size"] <= 2**16 else "<u4")
-    input_ids_ST, length_S = pack_concat(
-        stream.astype(dtype), identity["context_size"], identity["bos_token_id"], identity["eos_token_id"]
-    )
-    order_S = permutation(len(length_S), "sequences", identity["seed"], split)
-    input_ids_ST, length_S = input_ids_ST[order_S], length_S[order_S]
-    kept_S = kept_tokens(input_ids_ST, length_S, identity["special_token_ids"]).sum(axis=1)
-    row_start = np.concatenate([[0], np.cumsum(kept_S)]).astype("<i8")
-    for name, values in (
-        ("input_ids", input_ids_ST),
-        ("length", length_S.astype("<u4")),
-        ("row_start", row_start),
-    ):
-        path = f"{split}/{name}"
-        arrays[path] = {"shape": list(values.shape), "dtype": values.dtype.str}
-        for shard in range(-(-len(values) // _SHARD_SEQUENCES)):
-            rows = values[shard * _SHARD_SEQUENCES : (shard + 1) * _SHARD_SEQUENCES]
-            create_exact_shard(store, path, shard, rows, _ARRAY)
-        metadata = array_metadata(values.shape, _SHARD_SEQUENCES, _CHUNK_SEQUENCES, values.dtype, 0, {})
-        store.create(f"{path}/zarr.json", canonical_json(metadata).encode())
-    log.info("%s: %s sequences, %s rows", split, format_count(len(length_S)), format_count(row_start[-1]))
-    return {"n_sequences": len(length_S), "n_rows": int(row_start[-1])}
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """Batches of documents to token ids and splits: what runs in parallel, here or elsewhere."""
+
+    tokenizer: Any
+    corpus: Corpus
+    identity: Mapping[str, Any]
+    in_pieces: bool
+    """Whether a long text is tokenised piece by piece, which bounds the memory it takes."""
+
+    def __call__(self, batch: Sequence[Document]) -> list[Encoded]:
+        """Each document of the batch, in order."""
+        if self.corpus.token_field is not None:
+            return [self._finish(d, d.content, np.ascontiguousarray(d.content, "<i8")) for d in batch]
+        texts = [self._rendered(d.content) for d in batch]
+        ids = iter(self._ids([text for text in texts if text is not None]))
+        return [
+            self._refused(document, "refused by the chat template")
+            if text is None
+            else self._finish(document, text, next(ids))
+            for document, text in zip(batch, texts, strict=True)
+        ]
+
+    def _ids(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+        """Token ids int64 of each text; long ones by pieces where that gives the same ids."""
+        short = [text for text in texts if not (self.in_pieces and len(text) > PIECE_LENGTH)]
+        ids = iter(self._tokenised(short))
+        for text in texts:
+            if self.in_pieces and len(text) > PIECE_LENGTH:
+                yield np.concatenate([self._tokenised([piece])[0] for piece in pieces(text, PIECE_LENGTH)])
+            else:
+                yield next(ids)
+
+    def _tokenised(self, texts: list[str]) -> list[np.ndarray]:
+        if not texts:
+            return []
+        found = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [np.asarray(ids, "<i8") for ids in found["input_ids"]]
+
+    def _rendered(self, content: Any) -> str | None:
+        if self.corpus.chat_field is None:
+            return str(content)
+        import jinja2
+
+        try:
+            return str(self.tokenizer.apply_chat_template(content, tokenize=False))
+        except jinja2.TemplateError:
+            return None
+
+    def _finish(self, document: Document, content: Any, ids: np.ndarray) -> Encoded:
+        corpus, identity = self.corpus, self.identity
+        data = content if isinstance(content, str) else ids.tobytes()
+        split = split_of(data, corpus.validation_share, corpus.test_share)
+        if len(ids) and not (ids.min() >= 0 and ids.max() < identity["vocab_size"]):
+            return self._refused(document, "token ids outside of the vocabulary")
+        given = corpus.token_field is not None or corpus.chat_field is not None
+        concat, eos = identity["packing"] == "concat", identity["eos_token_id"]
+        if given and not concat and identity["bos_token_id"] is not None:
+            ids = ids[1:] if len(ids) and ids[0] == identity["bos_token_id"] else ids  # packing puts one
+        if not len(ids):
+            return self._refused(document, "without a token")
+        if concat and not (given and ids[-1] == eos):
+            ids = np.append(ids, eos)
+        return Encoded(document.file, document.record, split, ids.astype(np.uint32))
+
+    def _refused(self, document: Document, reason: str) -> Encoded:
+        return Encoded(document.file, document.record, "", np.zeros(0, np.uint32), reason)
 
 
-def pack_concat(
-    stream: np.ndarray, context_size: int, bos_token_id: int | None, eos_token_id: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cut a token stream into sequences [S, T], each begun by BOS if given, and their lengths [S].
-
-    The remainder becomes a short last sequence, padded with EOS; no token is dropped.
-    """
-    begin = 0 if bos_token_id is None else 1
-    width = context_size - begin
-    n = -(-len(stream) // width)
-    input_ids_ST = np.full((n, context_size), eos_token_id, stream.dtype)
-    if begin:
-        input_ids_ST[:, 0] = bos_token_id
-    body = np.full(n * width, eos_token_id, stream.dtype)
-    body[: len(stream)] = stream
-    input_ids_ST[:, begin:] = body.reshape(n, width)
-    length_S = np.full(n, context_size, np.int64)
-    if n:
-        length_S[-1] = len(stream) - (n - 1) * width + begin
-    return input_ids_ST, length_S
+def _encoded(
+    resolved: ResolvedCorpus, encode: Encoder, skipped: Skipped, run: Map[Any, Any]
+) -> Iterator[Encoded]:
+    """The corpus's documents as token ids, in order, until there are `max_tokens`."""
+    seen, limit = 0, resolved.corpus.max_tokens
+    for batch in run(encode, _batches(documents(resolved, skipped), resolved, encode.in_pieces)):
+        for document in batch:
+            if limit is not None and seen >= limit:
+                return
+            if document.reason is not None:
+                skipped.add(document.reason, resolved.where(document.file, document.record))
+                continue
+            seen += len(document.ids)
+            yield document
 
 
-def _batched(items: Iterator[str], size: int) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
+def _batches(
+    found: Iterable[Document], resolved: ResolvedCorpus, in_pieces: bool
+) -> Iterator[list[Document]]:
+    """Runs of documents that are tokenised together, bounded in number and length."""
+    batch: list[Document] = []
+    length = 0
+    for document in found:
+        size = len(document.content)
+        if size > _HUGE and isinstance(document.content, str) and not in_pieces:
+            where = resolved.where(document.file, document.record)
+            log.warning(
+                "%s: %s characters, which this tokenizer must take as a whole", where, format_count(size)
+            )
+        if batch and (len(batch) == _BATCH_DOCUMENTS or length + size > _BATCH_LENGTH):
             yield batch
-            batch = []
+            batch, length = [], 0
+        batch.append(document)
+        length += size
     if batch:
         yield batch
 
 
-def _stdlib_files() -> list[str]:
-    """The running interpreter's standard library sources, without tests and installed packages."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    found = [p for p in root.rglob("*.py") if not left_out & set(p.relative_to(root).parts)]
-    return [str(p) for p in sorted(found, key=lambda p: p.relative_to(root).as_posix())]
+class _Uploads:
+    """Shards on their way into the store, a few at a time; an error comes out of a later call."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._pool = ThreadPoolExecutor(_WRITES, thread_name_prefix="tokens")
+        self._running: deque[Future[Any]] = deque()
+
+    def __enter__(self) -> "_Uploads":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def put(self, path: str, shard: int, values: np.ndarray, array: Mapping[str, Any]) -> None:
+        """Create a shard; waits while too many are on their way."""
+        while len(self._running) >= 2 * _WRITES:
+            self._running.popleft().result()
+        self._running.append(self._pool.submit(create_exact_shard, self.store, path, shard, values, array))
+
+    def wait(self) -> None:
+        """All are in the store."""
+        while self._running:
+            self._running.popleft().result()
 
 
-def _find_files(source: str, options: Mapping[str, Any]) -> list[str]:
-    fs, path = _filesystem(source, options)
-    try:
-        if fs.isdir(path):
-            inside = sorted(fs.find(path))
-            for kind in ("parquet", "jsonl", "text"):
-                files = [f for f in inside if _format_of(f) == kind]
-                if files:
-                    break
-        else:
-            files = sorted(f for f in fs.glob(path) if not fs.isdir(f))
-    except client_errors() as err:
-        raise CorpusError(f"cannot list corpus {source!r}: {err}. Check the URL and the credentials") from err
-    if not files:
-        raise CorpusError(f"no file matches corpus {source!r}; give a file, a directory, a glob or a URL")
-    return [fs.unstrip_protocol(f) if "://" in source else f for f in files]
+class _Array:
+    """One array of the token store, written from its beginning to its end."""
+
+    def __init__(self, uploads: _Uploads, path: str, rows: tuple[int, int]) -> None:
+        self._uploads, self._path = uploads, path
+        self._array = {"shard_rows": rows[0], "chunk_rows": rows[1], "fill": 0, "by_column": False}
+        self._held: list[np.ndarray] = []
+        self._n_held = self._shard = self.n = 0
+
+    def append(self, values: np.ndarray) -> None:
+        """The next rows, in the dtype that is stored."""
+        self._held.append(values)
+        self._n_held += len(values)
+        self.n += len(values)
+        size = self._array["shard_rows"]
+        while self._n_held >= size:
+            rows = np.concatenate(self._held)
+            self._put(rows[:size])
+            self._held, self._n_held = [rows[size:]], self._n_held - size
+
+    def _put(self, rows: np.ndarray) -> None:
+        self._uploads.put(self._path, self._shard, rows, self._array)
+        self._shard += 1
+
+    def finish(self, arrays: dict[str, Any]) -> None:
+        """Write the last shard and the metadata; enter the array in `arrays`."""
+        rows = np.concatenate(self._held)
+        if len(rows):
+            self._put(rows)
+        shape = (self.n, *rows.shape[1:])
+        arrays[self._path] = {"shape": list(shape), "dtype": rows.dtype.str}
+        metadata = array_metadata(
+            shape, self._array["shard_rows"], self._array["chunk_rows"], rows.dtype, 0, {}
+        )
+        self._uploads.store.create(f"{self._path}/zarr.json", canonical_json(metadata).encode())
 
 
-def _filesystem(source: str, options: Mapping[str, Any]) -> tuple[Any, str]:
-    try:
-        fs, path = fsspec.core.url_to_fs(source, **options)
-    except (ValueError, ImportError) as err:
-        raise CorpusError(f"cannot open corpus {source!r}: {err}") from err
-    return fs, path
+class _Split:
+    """One split in the making: documents are noted and packed as they come, sequences shuffled at the end."""
 
+    def __init__(
+        self,
+        split: str,
+        identity: Mapping[str, Any],
+        scratch: Path,
+        uploads: _Uploads,
+        arrays: dict[str, Any],
+    ) -> None:
+        self._split, self._identity, self._uploads, self._arrays = split, identity, uploads, arrays
+        self.packer = Packer(identity)
+        self._spill = Spill(scratch / split, self.packer.dtype)
+        self._documents = {
+            name: self._array(name, DOCUMENT_ROWS)
+            for name in ("document_start", "document_file", "document_record")
+        }
+        self._noted: list[tuple[int, int, int]] = []
+        self._n_tokens = 0
 
-def _format_of(file: str) -> str:
-    if file.endswith(_JSONL):
-        return "jsonl"
-    return "parquet" if file.endswith(".parquet") else "text"
+    def _array(self, name: str, rows: tuple[int, int]) -> _Array:
+        return _Array(self._uploads, f"{self._split}/{name}", rows)
 
+    def add(self, document: Encoded) -> None:
+        """Pack a document."""
+        self.packer.add(document.ids)
+        self._noted.append((self._n_tokens, document.file, document.record))
+        self._n_tokens += len(document.ids)
+        if len(self._noted) == DOCUMENT_ROWS[0]:
+            self._note()
+        if self.packer.ready() * self._identity["context_size"] >= _TAKE_TOKENS:
+            self._spill.append(self.packer.take())
 
-def _content_digest(files: Sequence[str], options: Mapping[str, Any]) -> str:
-    """sha256 over the files' contents (local) or ETags and sizes (remote), in order; no names."""
-    total = hashlib.sha256()
-    for file in files:
-        fs, path = _filesystem(file, options)
-        if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
-            with open(path, "rb") as stream:
-                total.update(hashlib.file_digest(stream, "sha256").digest())
-        else:
-            info = fs.info(path)
-            fixed = [info.get(k) for k in ("ETag", "etag", "blob_id", "sha256", "md5Hash") if info.get(k)]
-            total.update(
-                canonical_json([info["size"], *(str(f) for f in fixed or [fs.checksum(path)])]).encode()
+    def _note(self) -> None:
+        noted = np.array(self._noted, np.int64).reshape(-1, 3)
+        self._noted = []
+        for array, values, dtype in zip(
+            self._documents.values(), noted.T, ("<i8", "<u4", "<i8"), strict=True
+        ):
+            array.append(values.astype(dtype))
+
+    def finish(self) -> dict[str, int]:
+        """Shuffle and store the sequences; returns the split's sizes."""
+        self._note()
+        self._documents["document_start"].append(np.array([self._n_tokens], "<i8"))
+        self._spill.append(self.packer.take(last=True))
+        rows = sequence_rows(self._identity["context_size"])
+        names = ("input_ids", "length", "document", "document_offset", "document_begins", "row_start")
+        arrays = {name: self._array(name, rows) for name in names}
+        n_rows = 0
+        arrays["row_start"].append(np.zeros(1, "<i8"))
+        order_S = permutation(self._spill.n, "sequences", self._identity["seed"], self._split)
+        blank = self.packer.take(last=True)  # so that an array without rows has its shape
+        for records_S in self._spill.shuffled(order_S, rows[0]) if self._spill.n else [blank]:
+            for name in names[:4]:
+                arrays[name].append(np.ascontiguousarray(records_S[name]))
+            begins_ST = np.unpackbits(
+                records_S["document_begins"], axis=1, count=self._identity["context_size"]
             )
-    return f"sha256:{total.hexdigest()}"
-
-
-def _read_bytes(file: str, options: Mapping[str, Any]) -> bytes:
-    fs, path = _filesystem(file, options)
-    try:
-        return bytes(fs.cat_file(path))
-    except client_errors() as err:
-        raise CorpusError(f"cannot read corpus file {file}: {err}") from err
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _read_text(file: str, options: Mapping[str, Any]) -> str | None:
-    try:
-        return _read_bytes(file, options).decode()
-    except UnicodeDecodeError:
-        return None
-
-
-def _jsonl_texts(file: str, field_name: str, options: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
-    fs, path = _filesystem(file, options)
-    with fs.open(path, "rb", compression="infer") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{file}:{number}"
-            try:
-                value = json.loads(line)
-            except ValueError:
-                yield where, None
-                continue
-            text = value.get(field_name) if isinstance(value, dict) else None
-            yield where, text if isinstance(text, str) else None
-
-
-def _parquet_texts(
-    file: str, field_name: str, options: Mapping[str, Any]
-) -> Iterator[tuple[str, str | None]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    fs, path = _filesystem(file, options)
-    with fs.open(path, "rb") as raw:
-        try:
-            table = pq.ParquetFile(raw)
-        except pa.ArrowException as err:
-            raise CorpusError(f"{file} is not a parquet file: {err}") from err
-        if field_name not in table.schema_arrow.names:
-            names = ", ".join(table.schema_arrow.names)
-            raise CorpusError(f"{file} has no column {field_name!r}; it has {names}. Set text_field")
-        row = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[field_name]):
-            for text in batch.column(0).to_pylist():
-                row += 1
-                yield f"{file}, row {row}", text if isinstance(text, str) else None
+            arrays["document_begins"].append(begins_ST)
+            special = self._identity["special_token_ids"]
+            kept_S = kept_tokens(records_S["input_ids"], records_S["length"], special).sum(axis=1)
+            arrays["row_start"].append((n_rows + np.cumsum(kept_S)).astype("<i8"))
+            n_rows += int(kept_S.sum())
+        for array in (*arrays.values(), *self._documents.values()):
+            array.finish(self._arrays)
+        self._uploads.wait()
+        log.info("%s: %s sequences, %s rows", self._split, format_count(self._spill.n), format_count(n_rows))
+        return {
+            "n_sequences": self._spill.n,
+            "n_rows": n_rows,
+            "n_documents": self.packer.n_documents,
+            "n_tokens": self.packer.n_tokens,
+            "n_tokens_cut": self.packer.n_tokens_cut,
+        }

@@ -8,21 +8,23 @@ import importlib.metadata
 import logging
 import platform
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .catalog import find_dataset
+from .catalog import blocks_asked, coverage, find_dataset
 from .codec import Precision
 from .commit import create_exact_shard
 from .committed import Committed
-from .corpus import ResolvedCorpus, TokenStore, resolve_corpus, tokenise, tokens_identity
-from .engines import Engine, LocalEngine, RayEngine, Unit
-from .errors import ActcacheError, Conflict, HarvestError, SpecError
+from .corpus import TokenStore, in_order, open_tokens, tokenise, tokens_identity
+from .dispatch import Drain, Monitor, work_off
+from .engines import Engine, LocalEngine, Unit
+from .errors import Conflict, Drained, HarvestError, SpecError
 from .harvester import Job
 from .layout import derived_arrays, derived_key, read_calibration, zarr_metadata
+from .lease import Lease
 from .manifest import (
     SPLITS,
     BlockRecord,
@@ -31,8 +33,10 @@ from .manifest import (
     read_manifest,
     record_key,
 )
-from .progress import Progress, format_bytes
-from .spec import FORMAT, Spec, canonical_json, dataset_name, digest, shown_source
+from .progress import format_bytes
+from .ray_engine import RayEngine, in_a_cluster, ray_map
+from .sources import ResolvedCorpus, resolve_corpus
+from .spec import FORMAT, Spec, canonical_json, dataset_name, digest, shown_source, token_store_name
 from .store import Store, open_store
 from .untrusted import MAX_CHUNK_BYTES, readable_chunk
 
@@ -41,8 +45,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 3
-"""Times a block is tried before it is set aside and the rest finished."""
 _COMPACT_EVERY_S = 60.0
 _COMPACT_EVERY_SHARE = (
     0.01  # of the time run: a month is then 700 versions, one page of a listing, not 43,000
@@ -72,6 +74,65 @@ class Resolved:
         return digest(self.identity)
 
 
+@dataclass(frozen=True)
+class Survey:
+    """A Spec against its model's config and tokenizer: what is known before any content is read."""
+
+    spec: Spec
+    model_id: str
+    skeleton: Any
+    """The model's modules on the meta device."""
+    tokenizer: Any
+    widths: dict[str, int]
+    """d_in of each wanted site, in forward order."""
+    block_rows: int
+    chunk_rows: int
+
+    def identity(self, revision: str | None, corpus: ResolvedCorpus) -> dict[str, Any]:
+        """The identity of the dataset; `revision` is the model's."""
+        return {
+            "format": FORMAT,
+            "model": {"id": self.model_id, "revision": revision, "lm_dtype": self.spec.lm_dtype},
+            "tokens": tokens_identity(self.spec, corpus, self.tokenizer),
+            "precision": str(Precision.parse(self.spec.precision)),
+            "block_rows": self.block_rows,
+            "chunk_rows": self.chunk_rows,
+            "seed": self.spec.seed,
+        }
+
+
+def survey(spec: Spec) -> Survey:
+    """Fix what the model's config and tokenizer decide: block shape, site globs and widths.
+
+    Raises:
+        SpecError: unknown model or site, no tokenizer, context size beyond the model's.
+    """
+    from . import capture, lm
+
+    model_id = lm.model_name(spec.model)
+    skeleton = lm.skeleton(spec.model, spec.model_revision)
+    config = skeleton.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and spec.context_size > longest:
+        raise SpecError(
+            f"context_size is {spec.context_size}, but {model_id} takes at most {longest} tokens; lower it"
+        )
+    tokenizer = lm.load_tokenizer(spec.model, spec.model_revision)
+    if len(tokenizer) > config.vocab_size:
+        raise SpecError(
+            f"the tokenizer has {len(tokenizer)} tokens, but {model_id} embeds {config.vocab_size}; use its own"
+        )
+    block_rows, chunk_rows = spec.block_shape(config.hidden_size)
+    widths = capture.site_widths(skeleton, capture.resolve_sites(skeleton, list(spec.sites)))
+    for site, width in widths.items():
+        if not readable_chunk(chunk_rows, width):
+            raise SpecError(
+                f"chunk_rows is {chunk_rows}: chunks of {site}, {width} wide, would exceed the "
+                f"{format_bytes(MAX_CHUNK_BYTES)} that readers take. Lower it, or leave it out"
+            )
+    return Survey(spec, model_id, skeleton, tokenizer, widths, block_rows, chunk_rows)
+
+
 def resolve(spec: Spec, storage_options: Mapping[str, Any] | None = None) -> Resolved:
     """Fix what a Spec leaves open: revisions, digests, special tokens, block shape, site globs.
 
@@ -82,41 +143,12 @@ def resolve(spec: Spec, storage_options: Mapping[str, Any] | None = None) -> Res
         SpecError: unknown model or site, no tokenizer, context size beyond the model's.
         CorpusError: nothing matches the corpus.
     """
-    from . import capture
+    from . import lm
 
-    _, model_id, revision = capture.resolve_model(spec.model, spec.model_revision)
-    skeleton = capture.skeleton(spec.model, spec.model_revision)
-    config = skeleton.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and spec.context_size > longest:
-        raise SpecError(
-            f"context_size is {spec.context_size}, but {model_id} takes at most {longest} tokens; lower it"
-        )
-    tokenizer = capture.load_tokenizer(spec.model, spec.model_revision)
-    if len(tokenizer) > config.vocab_size:
-        raise SpecError(
-            f"the tokenizer has {len(tokenizer)} tokens, but {model_id} embeds {config.vocab_size}; use its own"
-        )
-    sites = tuple(capture.resolve_sites(skeleton, list(spec.sites)))
+    found = survey(spec)
     corpus = resolve_corpus(spec.corpus, storage_options)
-    block_rows, chunk_rows = spec.block_shape(config.hidden_size)
-    identity = {
-        "format": FORMAT,
-        "model": {"id": model_id, "revision": revision, "lm_dtype": spec.lm_dtype},
-        "tokens": tokens_identity(spec, corpus, tokenizer),
-        "precision": str(Precision.parse(spec.precision)),
-        "block_rows": block_rows,
-        "chunk_rows": chunk_rows,
-        "seed": spec.seed,
-    }
-    widths = {site: capture.site_width(skeleton, site) for site in sites}
-    for site, width in widths.items():
-        if not readable_chunk(chunk_rows, width):
-            raise SpecError(
-                f"chunk_rows is {chunk_rows}: chunks of {site}, {width} wide, would exceed the "
-                f"{format_bytes(MAX_CHUNK_BYTES)} that readers take. Lower it, or leave it out"
-            )
-    return Resolved(spec, identity, widths, corpus, tokenizer)
+    _, _, revision = lm.resolve_model(spec.model, spec.model_revision)
+    return Resolved(spec, found.identity(revision, corpus), found.widths, corpus, found.tokenizer)
 
 
 def harvest(
@@ -128,13 +160,18 @@ def harvest(
     lm_batch: int = 32,
     device: str = "cpu",
     gpus_per_worker: float = 0,
+    attention: str | None = None,
+    compile: bool = False,
+    buffer_bytes: int = 4 * 2**30,
+    placement: Mapping[str, Any] | None = None,
     storage_options: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> "Dataset":
     """The committed dataset of `spec` under `root`; returns at once when it is already there.
 
     Only what is missing is computed, so the same call resumes after a crash, and a larger
-    `n_tokens` or more sites extend the dataset. Several drivers may run the same Spec at once.
+    `n_tokens` or more sites extend the dataset. A second call for the same dataset, on any machine, waits
+    while the first runs, and takes over where it dies. SIGTERM ends it once the blocks in flight are committed.
 
     Args:
         spec: what to harvest.
@@ -142,14 +179,20 @@ def harvest(
         workers: Harvesters to run; the local engine runs one.
         engine: "ray" (one actor per worker, on the connected or a fresh local cluster) or "local".
         lm_batch: sequences in one forward pass. Never changes which row is where.
-        device: of the LM, e.g. "cpu" or "cuda".
+        device: of the LM, e.g. "cpu" or "cuda"; "auto" spreads it over the worker's GPUs (accelerate).
         gpus_per_worker: GPUs that Ray reserves for each actor.
+        attention: the LM's attention kernel, e.g. "flash_attention_2"; None chooses SDPA where it is right.
+        compile: run the LM's blocks through torch.compile. Like the kernel, it perturbs values by rounding.
+        buffer_bytes: of rows and codes that a worker may hold; see `Harvester`.
+        placement: further options of the Ray actors: `num_cpus`, `memory`, `resources`, `label_selector`.
         storage_options: for fsspec; never stored.
         progress: show bars or lines on standard error.
 
     Raises:
         SpecError, CorpusError: the request cannot be met as written.
-        HarvestError: some blocks failed repeatedly; the rest is committed.
+        HarvestError: some blocks failed repeatedly (the newest manifest's provenance lists them), or no
+            worker could be started; the rest is committed.
+        Drained: SIGTERM came.
         StoreError: the store refused.
     """
     from .reader import open_dataset
@@ -165,27 +208,52 @@ def harvest(
     name = found or dataset_name(resolved.identity, spec.corpus.source)
     store = base.sub(name)
     _claim(store, resolved)  # also shows at once whether the root can be written
-    tokens = tokenise(spec, resolved.corpus, resolved.tokenizer, base, progress=progress)
-    job = Job(
-        identity=resolved.identity,
-        dataset_url=store.url,
-        tokens_url=tokens.store.url,
-        storage_options=dict(storage_options or {}),
-        model=spec.model,
-        model_revision=resolved.identity["model"]["revision"],
-        sites=resolved.sites,
-        lm_batch=lm_batch,
-        device=device,
-        threads=0,
-    )
-    engine_of = (
-        LocalEngine
-        if engine == "local"
-        else partial(RayEngine, workers=workers, gpus_per_worker=gpus_per_worker)
-    )
-    workers = workers if engine == "ray" else 1
-    harvest_missing(store, resolved, tokens, job, engine_of, start=start, workers=workers, progress=progress)
+    encode = ray_map if engine == "ray" and in_a_cluster() else in_order
+    # a hit neither waits for another harvest nor keeps one waiting
+    with nullcontext() if _is_there(base, store, resolved) else Lease(base, name):
+        tokens = tokenise(spec, resolved.corpus, resolved.tokenizer, base, run=encode, progress=progress)
+        job = Job(
+            identity=resolved.identity,
+            dataset_url=store.url,
+            tokens_url=tokens.store.url,
+            storage_options=dict(storage_options or {}),
+            model=spec.model,
+            model_revision=resolved.identity["model"]["revision"],
+            sites=resolved.sites,
+            lm_batch=lm_batch,
+            device=device,
+            threads=0,
+            attention=attention,
+            compile=compile,
+            buffer_bytes=buffer_bytes,
+        )
+        engine_of: Callable[[Job], Engine] = LocalEngine
+        if engine == "ray":
+            engine_of = partial(
+                RayEngine, workers=workers, gpus_per_worker=gpus_per_worker, placement=placement
+            )
+        harvest_missing(
+            store,
+            resolved,
+            tokens,
+            job,
+            engine_of,
+            start=start,
+            workers=workers if engine == "ray" else 1,
+            progress=progress,
+        )
     return open_dataset(store.url, storage_options=storage_options)
+
+
+def _is_there(base: Store, store: Store, resolved: Resolved) -> bool:
+    """Whether a version holds all that is asked for."""
+    name = token_store_name(resolved.identity["tokens"], resolved.spec.corpus.source)
+    tokens = open_tokens(base.sub(f"tokens/{name}"))
+    if tokens is None or not latest_version(store):
+        return False
+    n_rows = {split: tokens.n_rows(split) for split in SPLITS}
+    have, wanted = coverage(read_manifest(store), resolved.spec, resolved.sites, n_rows)
+    return have == wanted
 
 
 def harvest_missing(
@@ -217,13 +285,11 @@ def harvest_missing(
 
 def _blocks_wanted(resolved: Resolved, tokens: TokenStore) -> dict[str, int]:
     """Blocks of each split that the Spec asks for and the tokens give."""
-    spec, rows = resolved.spec, resolved.identity["block_rows"]
-    asked = {
-        "train": -(-spec.n_tokens // rows),
-        "validation": spec.validation_blocks,
-        "test": spec.test_blocks,
+    asked = blocks_asked(resolved.spec, resolved.identity["block_rows"])
+    return {
+        split: min(asked[split], -(-tokens.n_rows(split) // resolved.identity["block_rows"]))
+        for split in SPLITS
     }
-    return {split: min(asked[split], -(-tokens.n_rows(split) // rows)) for split in SPLITS}
 
 
 def _run(
@@ -239,38 +305,49 @@ def _run(
     """Run the missing units and commit manifests as they come; raise if any failed for good."""
     attention = pool.prepare()
     failed: list[tuple[Unit, BaseException]] = []
-    begun = time.monotonic()
-    rows_done = 0
-    last_compact = time.monotonic()
+    begun = last_compact = time.monotonic()
     derived: set[str] = set()
     block_rows = state.identity["block_rows"]
-    total = sum(min(block_rows, tokens.n_rows(split) - block * block_rows) for split, block, _ in missing)
-    with Progress("harvest", total, "rows", show=progress) as bar:
-        for unit, result in _with_attempts(pool, missing):
+    n_rows = sum(min(block_rows, tokens.n_rows(split) - block * block_rows) for split, block, _ in missing)
+    n_wanted = sum(state.wanted.values())
+    blocks = (n_wanted - len(missing), n_wanted)
+    name, metrics = state.store.url.rpartition("/")[2], isinstance(pool, RayEngine)
+    with Drain() as drain, Monitor(pool, name, blocks, n_rows, progress, metrics) as monitor:
+        for ended in work_off(pool, missing, drain):
+            if ended is None:
+                monitor.tick()
+                continue
+            unit, result = ended
             if isinstance(result, BaseException):
                 failed.append((unit, result))
-                log.error(
-                    "block %d of %s set aside: %s", unit[1], unit[0], str(result) or type(result).__name__
-                )
+                monitor.failed()
+                what = str(result) or type(result).__name__
+                log.error("block %d of %s set aside: %s", unit[1], unit[0], what)
                 continue
             record = BlockRecord.from_json(result, record_key(*unit))
             state.add(record)
-            rows_done += record.n_rows
-            bar.advance(record.n_rows, out=_bits_per_value(record))
+            monitor.done(record)
             now = time.monotonic()
             if _version_due(now - last_compact, now - begun, len(state.loose)):
                 state.commit({}, {})
                 _write_metadata(state.store, derived)
                 last_compact = now
-    elapsed = time.monotonic() - begun
-    provenance = _provenance(job, workers) | {
+    provenance = {
+        **_provenance(job, workers),
         "attention": attention,
-        "rows": rows_done,
-        "harvest_s": round(elapsed, 3),
-        "rows_per_s": round(rows_done / elapsed, 1) if rows_done else 0.0,
         "startup_s": round(begun - start, 3),
+        "set_aside": [
+            {
+                "split": split,
+                "block": block,
+                "sites": list(sites),
+                "error": str(error) or type(error).__name__,
+            }
+            for (split, block, sites), error in failed
+        ],
+        **monitor.summary(None if drain.asked else list(state.widths)),
     }
-    state.commit({} if failed else pool.fidelity(state.unmeasured()), provenance)
+    state.commit({} if failed or drain.asked else pool.fidelity(state.unmeasured()), provenance)
     _write_metadata(state.store, derived)
     if failed:
         names = ", ".join(f"{u[0]} block {u[1]}" for u, _ in failed[:5])
@@ -279,30 +356,21 @@ def _run(
             f"{len(failed)} of {len(missing)} blocks failed ({names}{more}): {failed[0][1]}. "
             "The rest is committed; run the same command again to retry these"
         ) from failed[0][1]
+    if drain.asked and state.missing():
+        raise Drained(
+            f"stopped by SIGTERM with {len(missing) - len(state.missing())} of {len(missing)} blocks done and "
+            "committed; run the same command again for the others"
+        )
+
+
+def _shown(error: BaseException, store: Store) -> str:
+    """The error for the manifest, which travels: without where the store is."""
+    return (str(error) or type(error).__name__).replace(f"{store.url}/", "")
 
 
 def _version_due(waited_s: float, run_s: float, n_loose: int) -> bool:
     """Whether to commit a version `waited_s` after the last, `run_s` into the run."""
     return n_loose >= _COMPACT_EVERY_BLOCKS or waited_s > max(_COMPACT_EVERY_S, _COMPACT_EVERY_SHARE * run_s)
-
-
-def _with_attempts(pool: "Engine", units: Iterable[Unit]) -> Iterator[tuple[Unit, bytes | BaseException]]:
-    """Each unit once with its record or its last error; transient errors are tried `ATTEMPTS` times."""
-    queue = deque(units)
-    attempts: dict[Unit, int] = {}
-    while queue or pool.busy():
-        while queue and pool.free():
-            pool.submit(queue.popleft())
-        for unit, result in pool.completed():
-            if isinstance(result, BaseException):
-                attempts[unit] = attempts.get(unit, 0) + 1
-                final = isinstance(result, ActcacheError) and not isinstance(result, OSError)
-                if not final and attempts[unit] < ATTEMPTS:
-                    what = str(result) or type(result).__name__
-                    log.warning("block %d of %s: %s; trying again", unit[1], unit[0], what)
-                    queue.append(unit)
-                    continue
-            yield unit, result
 
 
 def _write_metadata(store: Store, derived: set[str]) -> None:
@@ -356,12 +424,6 @@ def _claim(store: Store, resolved: Resolved) -> None:
         )
 
 
-def _bits_per_value(record: BlockRecord) -> str:
-    stored = sum(o.size_bytes for o in record.objects if o.path.endswith(("/codes", "/scale")))
-    values = sum(len(s.mean_D) for s in record.statistics.values()) * record.n_rows
-    return f"{8 * stored / values:.2f} bits/value"
-
-
 def _provenance(job: Job, workers: int) -> dict[str, Any]:
     versions = {}
     for package in ("actcache", "numpy", "torch", "transformers", "zarr", "numcodecs"):
@@ -371,6 +433,7 @@ def _provenance(job: Job, workers: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "device": job.device,
+        "compile": job.compile,
         "lm_batch": job.lm_batch,
         "workers": workers,
     }

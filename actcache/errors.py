@@ -56,13 +56,31 @@ class BeingWritten(ActcacheError):
     """Somebody seems to write the dataset: wait until they are done, then try again."""
 
 
+class ForkedProcess(ActcacheError, RuntimeError):
+    """A dataset that was opened before a fork is used after it: open it there, or start processes by spawn."""
+
+
 class NonFiniteActivation(ActcacheError, ArithmeticError):
     """The LM produced inf or NaN; the message names the first bad row (fp16 overflows at 65504)."""
+
+    def __init__(self, message: str, row: int = 0) -> None:
+        super().__init__(message)
+        self.row = row
+        """Its number among the rows that were encoded."""
 
 
 class WorkerLost(ActcacheError, OSError):
     """A worker died or became unreachable; its blocks are tried again elsewhere."""
 
+    def __init__(self, message: str, *, preempted: bool = False) -> None:
+        super().__init__(message)
+        self.preempted = preempted
+        """Whether its node was taken away: no sign that a block of it did harm."""
+
 
 class HarvestError(ActcacheError, RuntimeError):
     """Blocks failed again after their retries; everything else is committed. Re-run to finish."""
+
+
+class Drained(ActcacheError):
+    """SIGTERM ended the harvest: blocks in flight were finished and committed. Re-run to go on."""

@@ -11,7 +11,7 @@ Conventions (weights are never folded, centred or rescaled; head sites are flatt
 - `hook_attn_out` and `hook_mlp_out` are what is added to the residual stream, so in Gemma 2 and 3
   they lie after the post-attention and post-feedforward norms.
 - `*.hook_normalized` is the norm's whole output, weight and bias included: what the next layer reads.
-  TransformerLens agrees for LayerNorm; its unfolded RMSNorm has the hook before the weight.
+  TransformerLens, unless it has folded them, has the hook before them.
 - `attn.hook_q` and `attn.hook_k` lie before rotary embedding and before Qwen 3's and Gemma 3's q/k norms.
 - `mlp.hook_pre` is the gate's pre-activation in gated MLPs; `mlp.hook_post` is what the down projection reads.
 - GPT-NeoX with parallel residual has no `hook_resid_mid`, and its `ln2` reads `hook_resid_pre`.
@@ -78,6 +78,16 @@ def _gpt2(config: Any) -> Table:
         "blocks.{}.hook_mlp_out": _out("h.{}.mlp"),
         "blocks.{}.hook_resid_post": _out("h.{}"),
         "ln_final.hook_normalized": _out("ln_f"),
+    }
+
+
+def _gpt_neo(config: Any) -> Table:
+    # GPT-2's blocks with projections of their own, one module deeper.
+    return _gpt2(config) | {
+        "blocks.{}.attn.hook_q": _out("h.{}.attn.attention.q_proj"),
+        "blocks.{}.attn.hook_k": _out("h.{}.attn.attention.k_proj"),
+        "blocks.{}.attn.hook_v": _out("h.{}.attn.attention.v_proj"),
+        "blocks.{}.attn.hook_z": _into("h.{}.attn.attention.out_proj"),
     }
 
 
@@ -159,6 +169,7 @@ def _phi3(config: Any) -> Table:
 # By the decoder's `config.model_type`. A multimodal model is found by its text decoder.
 _FAMILIES: dict[str, Callable[[Any], Table]] = {
     "gpt2": _gpt2,
+    "gpt_neo": _gpt_neo,
     "gpt_neox": _gpt_neox,
     "llama": _llama,
     "mistral": _llama,

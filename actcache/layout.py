@@ -23,6 +23,9 @@ from .spec import FORMAT, canonical_json, digest
 from .store import Store
 from .untrusted import MAX_CALIBRATION_BYTES, read_whole
 
+BY_SEQUENCE = ("input_ids", "length", "document", "document_offset", "document_begins")
+"""Arrays with one row a sequence: copies of the token store's."""
+
 _SEQUENCE_CHUNK = 64
 _FILL = {"fvu": -128, "rotated": 65535, "bf16": 0x7FC0, "fp16": "NaN", "fp32": "NaN"}
 """Of `codes`, by kind of precision: what no row is stored as (0x7FC0 are the bits of a NaN)."""
@@ -56,6 +59,9 @@ def array_layout(identity: Mapping[str, Any], d_in: Mapping[str, int]) -> dict[s
         "position": {"row": (), "dtype": np.dtype("<u4"), "fill": 0, **by_row},
         "input_ids": {"row": (context_size,), "dtype": token, "fill": 0, **by_sequence},
         "length": {"row": (), "dtype": np.dtype("<u4"), "fill": 0, **by_sequence},
+        "document": {"row": (), "dtype": np.dtype("<i8"), "fill": 0, **by_sequence},
+        "document_offset": {"row": (), "dtype": np.dtype("<u4"), "fill": 0, **by_sequence},
+        "document_begins": {"row": (context_size,), "dtype": np.dtype("u1"), "fill": 0, **by_sequence},
     }
     for site, width in d_in.items():
         codes = {"row": (width,), "dtype": precision.dtype, "fill": _FILL[precision.kind], **by_row}
@@ -155,7 +161,7 @@ def _committed(manifest: Manifest, split: str, path: str, size: Mapping[str, int
     site, _, _ = path.rpartition("/")
     if site:
         return site_rows(manifest, split, site)
-    return size["n_sequences"] if path in ("input_ids", "length") else size["n_rows"]
+    return size["n_sequences"] if path in BY_SEQUENCE else size["n_rows"]
 
 
 def calibration_key(site: str) -> str:

@@ -411,7 +411,7 @@ class Manifest:
     """By site and split: blocks wanted, the most that any run asked for."""
     complete: bool
     """Whether everything wanted is committed and its effect on the LM's loss measured."""
-    fidelity: dict[str, dict[str, float]] = field(default_factory=dict)
+    fidelity: dict[str, dict[str, float | None]] = field(default_factory=dict)
     """By site: noise and size of what is stored, and its effect on the LM's loss once measured."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Versions, kernel, LM batch, workers and rate of the run that wrote this version."""

@@ -58,6 +58,7 @@ class Progress:
         self._console = Console(stderr=True, highlight=False)
         self._rich: RichProgress | None = None
         self._task = TaskID(0)
+        self._notes: dict[str, TaskID] = {}
         self._start = self._last_line = time.monotonic()
 
     def __enter__(self) -> "Progress":
@@ -86,6 +87,14 @@ class Progress:
         elif self.show and now - self._last_line >= _LINE_EVERY_S:
             self._last_line = now
             self._print(now)
+
+    def note(self, name: str, line: str) -> None:
+        """On a terminal, a line of its own under the bar; the latest one of each name stays."""
+        if self._rich is None:
+            return
+        if name not in self._notes:
+            self._notes[name] = self._rich.add_task(f"  {name}", total=1, line=line)
+        self._rich.update(self._notes[name], line=line)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -5,6 +5,7 @@ from `zarr.json`; every chunk is verified by its checksum.
 Shapes: N rows, D = d_in, T = context_size.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from .cache import DEFAULT_CACHE_BYTES, Cache, CachedStore
 from .chunks import ChunkReader, Request
 from .codec import Calibration, Precision, decode
-from .corpus import kept_tokens
-from .errors import CorruptObject, FormatError, SpecError
+from .corpus import TokenStore, kept_tokens, open_tokens
+from .errors import CorruptObject, ForkedProcess, FormatError, NotADataset, SpecError
+from .filters import Filter, Where
 from .layout import array_layout, n_shards, read_calibration, site_rows
 from .manifest import (
     OBJECTS,
@@ -31,13 +34,15 @@ from .manifest import (
     statistics_of,
 )
 from .order import DEFAULT_LANES
-from .spec import nearest
+from .output import Output
+from .packing import document_places, position_ids
+from .spec import digest, nearest
 from .statistics import merge
 from .store import Store, open_store
 from .stream import Rows, Stream
 
 Index = slice | Sequence[int] | np.ndarray | int
-Where = slice | np.ndarray
+Places = slice | np.ndarray
 """Rows of a result or of a chunk."""
 
 _FETCH_THREADS = 4
@@ -53,6 +58,18 @@ class Sequences:
     """[n]."""
     kept: np.ndarray
     """bool [n, T]: the tokens that are rows (no BOS, EOS, padding, special token)."""
+    position_ids: np.ndarray | None = None
+    """int64 [n, T] where documents of one sequence are kept apart (packing `isolated`), else None."""
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Which document of the split each row is from."""
+
+    document: np.ndarray
+    """int64 [N]: number of the document in its split."""
+    offset: np.ndarray
+    """int64 [N]: the row's token in the document, from 0."""
 
 
 class DatasetSpec(Mapping[str, Any]):
@@ -95,28 +112,67 @@ class DatasetSpec(Mapping[str, Any]):
 
 
 def open_dataset(
-    url: str, *, version: int | None = None, storage_options: Mapping[str, Any] | None = None
+    url: str,
+    *,
+    version: int | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
 ) -> "Dataset":
     """The train split of the dataset at `url`, pinned to a manifest version (the newest by default).
 
     `storage_options` go to fsspec (`{"key": ..., "secret": ..., "endpoint_url": ...}` for S3) and are
     kept in memory only. Two requests; the chunk tables are read when first needed.
 
+    With `cache_dir`, fetched chunks are kept in that local directory, up to `cache_bytes`, for every
+    process of the node that names it; those used longest ago leave first.
+
     Raises:
         NotADataset: nothing committed there.
         FormatError, CorruptObject: the manifest is too new, hostile or damaged.
     """
     store = open_store(url, storage_options)
-    return Dataset(_Shared(store, read_manifest(store, version)), "train")
+    if cache_dir is not None:
+        store = CachedStore(store, Cache(cache_dir, cache_bytes))
+    shared = _Shared(store, read_manifest(store, version), storage_options)
+    shared.reopen = {
+        "url": store.url,
+        "version": shared.manifest.version,
+        "storage_options": storage_options,
+        "cache_dir": cache_dir,
+        "cache_bytes": cache_bytes,
+    }
+    return Dataset(shared, "train")
+
+
+def _reopen(split: str, arguments: dict[str, Any]) -> "Dataset":
+    return open_dataset(**arguments).split(split)
 
 
 class _Shared:
     """What the splits of one opened dataset have in common."""
 
-    def __init__(self, store: Store, manifest: Manifest) -> None:
-        self.store, self.manifest = store, manifest
+    def __init__(
+        self, store: Store, manifest: Manifest, storage_options: Mapping[str, Any] | None = None
+    ) -> None:
+        self.store, self.manifest, self._storage_options = store, manifest, storage_options
+        self.reopen: dict[str, Any] = {"url": store.url, "version": manifest.version}
+        self._process = os.getpid()
         self.precision = Precision.parse(manifest.identity["precision"])
         self.calibration = lru_cache(maxsize=None)(self._calibration)
+
+    def check_process(self) -> None:
+        """Refuse to go on in a forked child: threads and connections stayed behind, and it would hang.
+
+        Raises:
+            ForkedProcess: this is not the process that opened the dataset.
+        """
+        if os.getpid() != self._process:
+            raise ForkedProcess(
+                f"{self.store.url} was opened in process {self._process} and is used in its fork "
+                f"{os.getpid()}. Open it after the fork, or start processes by spawn "
+                '(DataLoader: multiprocessing_context="spawn")'
+            )
 
     @cached_property
     def objects(self) -> pa.Table:
@@ -125,6 +181,21 @@ class _Shared:
     @cached_property
     def statistics(self) -> pa.Table:
         return self._tables([(s.statistics, s.statistics_sha256) for s in self.manifest.segments], STATISTICS)
+
+    @cached_property
+    def tokens(self) -> TokenStore:
+        """The token store that the harvest made, beside the dataset."""
+        root = open_store(self.store.url.rpartition("/")[0], self._storage_options)
+        wanted = digest(self.manifest.identity["tokens"])
+        for name in root.folders("tokens"):
+            if name.endswith(f"-{wanted[:12]}"):
+                tokens = open_tokens(root.sub("tokens").sub(name))
+                if tokens is not None and tokens.manifest["id"] == wanted:
+                    return tokens
+        raise NotADataset(
+            f"{root.url}/tokens holds no token store of {self.store.url}; it names the documents' files. "
+            "Copy it there, or harvest again"
+        )
 
     def _tables(self, files: Sequence[tuple[str, str]], schema: pa.Schema) -> pa.Table:
         try:
@@ -159,7 +230,10 @@ class _Shared:
 
 
 class Dataset:
-    """One split of a committed dataset. Safe to read from many threads."""
+    """One split of a committed dataset. Safe to read from many threads.
+
+    A pickle of it holds its URL, version and storage options: another process opens it again.
+    """
 
     def __init__(self, shared: _Shared, split: str) -> None:
         self._shared, self.split_name = shared, split
@@ -169,6 +243,9 @@ class Dataset:
         return (
             f"<Dataset {self.url} [{self.split_name}]: {self.n_rows:,} rows, sites {', '.join(self.sites)}>"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.split_name, self._shared.reopen)
 
     @property
     def url(self) -> str:
@@ -256,7 +333,7 @@ class Dataset:
         scale_N = self._gather(f"{site}/scale", rows) if self._shared.precision.quantised else None
         out_ND = np.empty((len(rows), self.d_in(site)), np.float32)
 
-        def place(chunk: np.ndarray, here: Where, within: Where) -> None:
+        def place(chunk: np.ndarray, here: Places, within: Places) -> None:
             scale = None if scale_N is None else scale_N[here]
             if isinstance(here, slice):
                 self._shared.decode(site, chunk[within], scale, out_ND[here])
@@ -271,6 +348,27 @@ class Dataset:
         rows = self._row_index(index, self.n_rows)
         return Rows(*(self._gather(name, rows) for name in ("token_id", "sequence", "position")))
 
+    def documents(self, index: Index) -> Documents:
+        """Which document of the split, and which token of it, each row is."""
+        rows = self._row_index(index, self.n_rows)
+        sequence, sequence_N = np.unique(self._gather("sequence", rows), return_inverse=True)
+        names = ("document", "document_offset", "document_begins")
+        document_S, offset_S, begins_ST = (self._gather(n, sequence.astype(np.int64)) for n in names)
+        position_N = self._gather("position", rows)
+        tokens = self.manifest.identity["tokens"]
+        return Documents(*document_places(sequence_N, position_N, document_S, offset_S, begins_ST, tokens))
+
+    def sources(self, documents: Sequence[int] | np.ndarray) -> list[tuple[str, int]]:
+        """File (below the corpus's folder) and record in it, from 0, of documents of this split.
+
+        They are in the token store, which must lie beside the dataset as the harvest left it.
+
+        Raises:
+            NotADataset: no token store there.
+        """
+        tokens = self._shared.tokens
+        return [tokens.source(self.split_name, int(document)) for document in documents]
+
     def context(self, sequence: int) -> np.ndarray:
         """Input ids of one sequence, without padding."""
         found = self.sequences([sequence])
@@ -282,7 +380,10 @@ class Dataset:
         input_ids = self._gather("input_ids", chosen)
         length = self._gather("length", chosen)
         special = self.manifest.identity["tokens"]["special_token_ids"]
-        return Sequences(input_ids, length, kept_tokens(input_ids, length, special))
+        kept = kept_tokens(input_ids, length, special)
+        if self.manifest.identity["tokens"]["packing"] != "isolated":
+            return Sequences(input_ids, length, kept)
+        return Sequences(input_ids, length, kept, position_ids(self._gather("document_begins", chosen)))
 
     def stream(
         self,
@@ -297,6 +398,12 @@ class Dataset:
         lanes: int = DEFAULT_LANES,
         window: int | None = None,
         metadata: bool = True,
+        where: Where | None = None,
+        drop_last: bool = False,
+        dtype: Any = "float32",
+        device: Any = None,
+        centre: bool = False,
+        unit_norm: bool = False,
     ) -> "Stream":
         """Shuffled batches of aligned sites, each row exactly once an epoch over all ranks.
 
@@ -309,6 +416,12 @@ class Dataset:
             state: of `Stream.state()`, from any rank and world size: continue after that batch.
             lanes, window: see docs/format.md, "Reading order"; memory is lanes * window chunks a site.
             metadata: also fetch token_id, sequence and position.
+            where: serve only the rows that meet these conditions; batches shrink and are not refilled.
+            drop_last: leave out the short batch that ends an epoch.
+            dtype: "float32", "float16" or "bfloat16" (torch only).
+            device: None for numpy, else a torch device, to which codes are copied and decoded there.
+            centre: subtract the site's mean, from the statistics of `train`.
+            unit_norm: divide by the site's mean norm; of centred rows, by their root mean square norm.
 
         Raises:
             SpecError: unknown site, bad sizes, or a state of another dataset or order.
@@ -318,7 +431,19 @@ class Dataset:
             self._checked(site)
         _ = self._tables  # as in `_row_index`
         return Stream(
-            self, chosen, batch_size, seed, epochs, rank, world_size, state, lanes, window, metadata
+            self,
+            chosen,
+            batch_size,
+            seed,
+            epochs,
+            rank,
+            world_size,
+            state,
+            lanes,
+            window,
+            Output(self, chosen, metadata, dtype, device, centre, unit_norm),
+            None if where is None else Filter(where, self, chosen),
+            drop_last,
         )
 
     def _checked(self, site: str) -> str:
@@ -366,19 +491,20 @@ class Dataset:
         array = self._layout[path]
         out = np.empty((len(rows), *array["row"]), array["dtype"])
 
-        def place(chunk: np.ndarray, here: Where, within: Where) -> None:
+        def place(chunk: np.ndarray, here: Places, within: Places) -> None:
             out[here] = chunk[within]
 
         self._each_chunk(path, rows, place)
         return out
 
     def _each_chunk(
-        self, path: str, rows: np.ndarray, work: Callable[[np.ndarray, Where, Where], None]
+        self, path: str, rows: np.ndarray, work: Callable[[np.ndarray, Places, Places], None]
     ) -> None:
         """Call `work(chunk, here, within)` for each chunk that holds rows: `rows[here]` are its rows `within`.
 
         Each chunk is fetched once, many of them in threads.
         """
+        self._shared.check_process()
         places = _places(rows, self._layout[path]["chunk_rows"])
         if len(places) <= 2:  # a few rows, and often the same chunk again
             for chunk, (here, within) in places.items():
@@ -393,13 +519,13 @@ class Dataset:
             list(pool.map(run, self._chunks.requests(path, list(places))))
 
 
-def _places(rows: np.ndarray, chunk_rows: int) -> dict[int, tuple[Where, Where]]:
+def _places(rows: np.ndarray, chunk_rows: int) -> dict[int, tuple[Places, Places]]:
     """By chunk, ascending: which of `rows` it holds, and which of its own rows these are."""
     if not len(rows):
         return {}
     if (np.diff(rows) == 1).all():
         first, last = int(rows[0]), int(rows[-1]) + 1
-        out: dict[int, tuple[Where, Where]] = {}
+        out: dict[int, tuple[Places, Places]] = {}
         for chunk in range(first // chunk_rows, -(-last // chunk_rows)):
             start, stop = max(first, chunk * chunk_rows), min(last, (chunk + 1) * chunk_rows)
             within = slice(start - chunk * chunk_rows, stop - chunk * chunk_rows)

@@ -42,7 +42,8 @@ def replay(
     """
     import torch
 
-    from .capture import load_harvested_lm, run_capture
+    from .capture import run_capture
+    from .lm import load_harvested_lm
 
     identity, attention = dataset.manifest.identity, dataset.manifest.provenance.get("attention")
     harvested = identity["model"]
@@ -58,9 +59,13 @@ def replay(
             allowed_KD = _stated_error(view, site, rows_K, stored_KD, precision)
             for i in range(0, len(rows_K), _BATCH_SEQUENCES):
                 part = slice(i, i + _BATCH_SEQUENCES)
-                input_ids_BT = view.sequences(tokens.sequence[part]).input_ids.astype(np.int64)
+                sequences = view.sequences(tokens.sequence[part])
+                input_ids_BT, position_ids_BT = sequences.input_ids.astype(np.int64), None
+                if sequences.position_ids is not None:
+                    position_ids_BT = torch.from_numpy(sequences.position_ids.astype(np.int64)).to(device)
                 with torch.inference_mode():
-                    acts = run_capture(lm.model, torch.from_numpy(input_ids_BT).to(device), [site])[site]
+                    ids = torch.from_numpy(input_ids_BT).to(device)
+                    acts = run_capture(lm.model, ids, [site], position_ids_BT=position_ids_BT)[site]
                 acts_BTD = acts.float().cpu().numpy()
                 at = np.arange(len(input_ids_BT)), tokens.position[part]
                 lm_KD, ids_K = acts_BTD[at], input_ids_BT[at]

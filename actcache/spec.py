@@ -21,7 +21,7 @@ FORMAT = 1
 """The format version this package writes; docs/format.md describes it."""
 
 LM_DTYPES = ("float32", "bfloat16", "float16")
-PACKINGS = ("concat",)
+PACKINGS = ("concat", "isolated", "single")
 MIN_SEQUENCES_PER_BLOCK = 64
 """`block_rows >= 64 * context_size`: a sequence that straddles two blocks is run in both, so
 shorter blocks would spend more than 1/64 of the forward passes twice."""
@@ -47,12 +47,24 @@ class Corpus:
 
     source: str
     """A file, glob or directory, on local disk or any fsspec URL (`s3://`, `hf://datasets/...`):
-    `.jsonl[.gz]` and `.parquet` hold one document a row, any other file is one document. Or
-    `bundled:stdlib`, the running Python's standard library without its tests."""
+    `.jsonl[.gz|.zst]`, `.parquet` and `.arrow`/`.feather` hold one document a row, any other file is
+    one document. A directory may be what `datasets.Dataset.save_to_disk` wrote. Or `bundled:stdlib`,
+    the running Python's standard library without its tests."""
 
     _: KW_ONLY
     text_field: str = "text"
-    """The field (jsonl) or column (parquet) that holds the text; unused for text files."""
+    """The field (jsonl) or column (parquet, Arrow) that holds the text; unused for text files."""
+
+    token_field: str | None = None
+    """In place of text: the field or column with lists of token ids of the model's tokenizer."""
+
+    chat_field: str | None = None
+    """In place of text: the field or column with a list of messages (`role`, `content`), which the
+    tokenizer's chat template renders."""
+
+    strict: bool = False
+    """Raise at the first document that cannot be read or tokenised, in place of counting it. Empty
+    ones are counted in either case. Not identity: it raises or changes nothing."""
 
     revision: str | None = None
     """What fixes the content. None: the digest of the files (local) or of their ETags (remote).
@@ -70,6 +82,8 @@ class Corpus:
     def __post_init__(self) -> None:
         if not self.source:
             raise SpecError("the corpus source is empty; give a glob, a file, a URL or bundled:stdlib")
+        if self.token_field is not None and self.chat_field is not None:
+            raise SpecError("token_field and chat_field are both given; a corpus has one of them, or text")
         if self.max_tokens is not None and self.max_tokens <= 0:
             raise SpecError(f"max_tokens is {self.max_tokens}; it must be positive, or None for all")
         shares = (self.validation_share, self.test_share)
@@ -84,7 +98,7 @@ class Spec:
     """One activation dataset, as asked for. Two equal identities are the same dataset."""
 
     model: str
-    """A Hugging Face causal-LM id or local directory, or `bundled:stdlib-gpt2`."""
+    """Hugging Face id or local directory of a model that reads token ids, or `bundled:stdlib-gpt2`."""
 
     corpus: Corpus
     """The text."""
@@ -110,10 +124,15 @@ class Spec:
     """Hub commit, branch or tag; resolved to a commit. None: the default branch."""
 
     packing: str = "concat"
-    """`concat`: documents joined by EOS and cut into sequences of `context_size`."""
+    """`concat`: documents joined by EOS and cut into sequences of `context_size`. `isolated`: whole
+    documents side by side, each with its own positions and attention, those longer than a sequence cut.
+    `single`: the beginning of one document in each sequence, padded; the rest of a long one is counted
+    and left out."""
 
     prepend_bos: bool | None = None
-    """Start each sequence with BOS. None: if and only if the tokenizer has a BOS token."""
+    """Put BOS before each sequence (`concat`) or document (`isolated`, `single`). None: if and only if
+    the tokenizer has a BOS token, whether it adds it of itself or not. So GPT-2 and NeoX get their
+    `<|endoftext|>`, Llama, Mistral, Gemma and Phi-3 their BOS, Qwen none."""
 
     block_rows: int | None = None
     """Rows in a block, the unit of work, retry and storage. None: 131,072, fewer for huge rows."""

@@ -17,10 +17,10 @@ ZERO_BIN = -(2**15)
 """Bin of a norm of zero: far below that of any float32."""
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99, 99.9)
 
-_SUB_ROWS = 32  # float32 sums end here: variances within 2e-7 of float64 ones, where 680 rows gave 3e-6
+SUB_ROWS = 32  # float32 sums end here: variances within 2e-7 of float64 ones, where 680 rows gave 3e-6
 _CENTRE_ROWS = 256
 _PIECE_VALUES = 2**17  # pieces whose temporaries stay in a core's cache
-_SAFE = (1e-15, 1e15)  # peaks whose squares and their sums stay normal float32 numbers
+SAFE_PEAKS = (1e-15, 1e15)  # peaks whose squares and their sums stay normal float32 numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,10 +72,10 @@ class Statistics:
             sse += float(sse_N.sum(dtype=np.float64))
             core_sse += float(sse_N[core_N].sum(dtype=np.float64))
             max_error = max(max_error, float(error_ND.max()), -float(error_ND.min()))
-        small = np.flatnonzero(norm2_N < _SAFE[0] ** 2)
+        small = np.flatnonzero(norm2_N < SAFE_PEAKS[0] ** 2)
         norm2_N[small] = _dots(stored_ND[small].astype(np.float64))
-        bins_K, counts_K = _histogram(norm2_N)
-        mean_D, m2_D = _merge_moments([core.moments(), rest.moments()])
+        bins_K, counts_K = histogram(norm2_N)
+        mean_D, m2_D = merge_moments([core.moments(), rest.moments()])
         _, core_mean_D, core_m2_D = core.moments()
         return cls(
             n_rows=n_rows,
@@ -127,8 +127,8 @@ def norm_percentiles(bins_K: np.ndarray, counts_K: np.ndarray) -> Mapping[float,
 def merge(parts: Sequence[Statistics]) -> Statistics:
     """The statistics of all the parts' rows together; the order of parts changes only rounding."""
     n_rows, n_core = sum(p.n_rows for p in parts), sum(p.n_core for p in parts)
-    mean_D, m2_D = _merge_moments([(p.n_rows, p.mean_D, p.m2_D) for p in parts])
-    core_mean_D, core_m2_D = _merge_moments([(p.n_core, p.core_mean_D, p.core_m2_D) for p in parts])
+    mean_D, m2_D = merge_moments([(p.n_rows, p.mean_D, p.m2_D) for p in parts])
+    core_mean_D, core_m2_D = merge_moments([(p.n_core, p.core_mean_D, p.core_m2_D) for p in parts])
     bins_K, place = np.unique(np.concatenate([p.norm_bins_K for p in parts]), return_inverse=True)
     counts_K = np.zeros(len(bins_K), np.int64)
     np.add.at(counts_K, place, np.concatenate([p.norm_counts_K for p in parts]))
@@ -153,7 +153,7 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
 class _Sums:
     """Sums and sums of squares per channel, of rows shifted by the mean of the first: without cancellation.
 
-    float32 within `_SUB_ROWS` rows, float64 across. Products with ones instead of sums: BLAS adds up
+    float32 within `SUB_ROWS` rows, float64 across. Products with ones instead of sums: BLAS adds up
     17,000 Mval/s of a piece in cache, `sum` 5,900.
     """
 
@@ -194,7 +194,7 @@ class _Tile:
     """A row to subtract from many, repeated: inner loops as long as a sub-block have twice the speed."""
 
     def __init__(self, centre_D: np.ndarray) -> None:
-        self.centre_D, self._tile = centre_D, np.tile(centre_D, _SUB_ROWS)
+        self.centre_D, self._tile = centre_D, np.tile(centre_D, SUB_ROWS)
 
     def subtract(self, rows_ND: np.ndarray, buffer_ND: np.ndarray) -> np.ndarray:
         """rows - centre, in the buffer."""
@@ -208,9 +208,9 @@ class _Tile:
 
 def _sub_blocks(n_rows: int) -> Iterator[tuple[slice, int]]:
     """The part of n rows that is whole sub-blocks, then the rest as one: (rows, rows of a sub-block)."""
-    whole = n_rows - n_rows % _SUB_ROWS
+    whole = n_rows - n_rows % SUB_ROWS
     if whole:
-        yield slice(whole), _SUB_ROWS
+        yield slice(whole), SUB_ROWS
     if whole < n_rows:
         yield slice(whole, n_rows), n_rows - whole
 
@@ -222,12 +222,12 @@ def _pieces(
 
     float64 where squares could leave the range of float32.
     """
-    rows = max(1, _PIECE_VALUES // (_SUB_ROWS * max(1, acts_ND.shape[1]))) * _SUB_ROWS
+    rows = max(1, _PIECE_VALUES // (SUB_ROWS * max(1, acts_ND.shape[1]))) * SUB_ROWS
     shared_ND = np.empty((min(rows, len(acts_ND)), acts_ND.shape[1]), np.float32)
     for i in range(0, len(acts_ND), rows):
         x_ND, y_ND = acts_ND[i : i + rows], stored_ND[i : i + rows]
         peak = max(float(y_ND.max()), -float(y_ND.min()))
-        if _SAFE[0] < peak < _SAFE[1]:
+        if SAFE_PEAKS[0] < peak < SAFE_PEAKS[1]:
             yield i, x_ND, y_ND, shared_ND, peak
         else:
             yield i, x_ND.astype(np.float64), y_ND.astype(np.float64), np.empty(y_ND.shape), peak
@@ -238,7 +238,7 @@ def _dots(rows_ND: np.ndarray) -> np.ndarray:
     return np.matmul(rows_ND[:, None, :], rows_ND[:, :, None])[:, 0, 0]
 
 
-def _histogram(norm2_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def histogram(norm2_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The occupied bins of rows' squared norms and how many rows each holds, int64 [K]."""
     bins_N = np.full(len(norm2_N), ZERO_BIN, np.int64)
     positive_N = norm2_N > 0
@@ -248,7 +248,7 @@ def _histogram(norm2_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return occupied_K + ZERO_BIN, counts[occupied_K]
 
 
-def _merge_moments(parts: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def merge_moments(parts: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     n, mean_D, m2_D = 0, np.zeros_like(parts[0][1]), np.zeros_like(parts[0][2])
     for n_b, mean_b, m2_b in parts:
         if not n_b:

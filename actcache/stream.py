@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import SpecError
+from .filters import Filter
 from .order import Order, Span, default_window
+from .output import Output
 
 if TYPE_CHECKING:
     from .reader import Dataset
@@ -33,7 +35,10 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Batch(Mapping[str, np.ndarray]):
-    """Rows of aligned sites: `batch[site]` is float32 [n, D]; `len(batch)` is n."""
+    """Rows of aligned sites: `batch[site]` is float32 [n, D]; `len(batch)` is n.
+
+    Arrays are numpy's, or torch tensors where the stream was given a device.
+    """
 
     acts: Mapping[str, np.ndarray]
     _rows: Rows | None
@@ -102,7 +107,9 @@ class Stream:
         state: Mapping[str, Any] | None,
         lanes: int,
         window: int | None,
-        metadata: bool,
+        output: Output,
+        row_filter: Filter | None = None,
+        drop_last: bool = False,
     ) -> None:
         identity = dataset.manifest.identity
         if batch_size < 1 or epochs < 1:
@@ -113,12 +120,18 @@ class Stream:
                 "and rank lie below it"
             )
         self.dataset, self.sites, self.batch_size, self.epochs = dataset, sites, batch_size, epochs
-        self.rank, self.world_size, self.metadata = rank, world_size, metadata
+        self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
+        self._output, self._filter = output, row_filter
         self.seed, self.lanes = seed, lanes
         self.n_rows = min(dataset._site_rows(site) for site in sites)
         if not self.n_rows:
             raise SpecError(
                 f"{dataset.url} holds no rows of {', '.join(sites)} in split {dataset.split_name}"
+            )
+        if drop_last and batch_size > self.n_rows:
+            raise SpecError(
+                f"drop_last with batch_size {batch_size} serves nothing: there are {self.n_rows} rows; "
+                "take a smaller batch"
             )
         self.window = window or default_window(
             batch_size, lanes, identity["tokens"]["context_size"], identity["block_rows"]
@@ -130,16 +143,16 @@ class Stream:
         self._names = [f"{site}/codes" for site in sites]
         if dataset._shared.precision.quantised:
             self._names += [f"{site}/scale" for site in sites]
-        if metadata:
-            self._names += ["token_id", "sequence", "position"]
+        by_row = ["token_id", "sequence", "position"] if output.metadata else []
+        self._names += by_row or (row_filter.arrays if row_filter else [])
 
     @property
     def dataset_url(self) -> str:
         return self.dataset.url
 
     def stats(self, site: str) -> dict[str, Any]:
-        """As `Dataset.stats`."""
-        return self.dataset.stats(site)
+        """As `Dataset.stats`, of the rows as served: centred and scaled if that was asked for."""
+        return self._output.stats(self.dataset.stats(site), site)
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands, as JSON: the order's parameters and the next global row."""
@@ -147,13 +160,14 @@ class Stream:
 
     def __len__(self) -> int:
         """Batches in all epochs."""
-        return self.epochs * -(-self.n_rows // self.batch_size)
+        whole, rest = divmod(self.n_rows, self.batch_size)
+        return self.epochs * (whole + (rest > 0 and not self.drop_last))
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from where the stream stands to the end of the last epoch."""
         while self._epoch < self.epochs:
-            order = Order(self.n_rows, self._chunk_rows, self.seed, self._epoch, self.lanes, self.window)
-            reader = _EpochReader(self, order, self._row // self.lanes)
+            self.dataset._shared.check_process()
+            reader = _EpochReader(self, self._order(self._epoch), self._row // self.lanes)
             try:
                 yield from self._epoch_batches(reader)
             finally:
@@ -161,16 +175,28 @@ class Stream:
 
     def _epoch_batches(self, reader: "_EpochReader") -> Iterator[Batch]:
         """The rest of the epoch, each batch sent for while the one before it is used."""
-        stops = [*range(self._row + self.batch_size, self.n_rows, self.batch_size), self.n_rows]
-        coming = reader.send_for(self._row, stops[0])
-        for stop, after in zip(stops, [*stops[1:], None], strict=True):
-            batch = coming.result()
-            if after is not None:
-                coming = reader.send_for(stop, after)
-            self._row = stop
-            if stop == self.n_rows:
-                self._epoch, self._row = self._epoch + 1, 0
-            yield batch
+        ends = self._ends(self._row)
+        stop = next(ends, None)
+        coming = None if stop is None else reader.send_for(self._row, stop)
+        while coming is not None and stop is not None:
+            self.dataset._shared.check_process()
+            acts, rows = self._output.finish(coming.result())
+            after = next(ends, None)
+            coming = None if after is None else reader.send_for(stop, after)
+            self._epoch, self._row = (self._epoch + 1, 0) if after is None else (self._epoch, stop)
+            stop = after
+            yield Batch(acts, None if rows is None else Rows(**rows))
+        if self._row:  # resumed where no whole batch is left
+            self._epoch, self._row = self._epoch + 1, 0
+
+    def _ends(self, row: int) -> Iterator[int]:
+        """Where the batches of the rest of an epoch end, the first of which begins at `row`."""
+        yield from range(row + self.batch_size, self.n_rows + 1, self.batch_size)
+        if not self.drop_last and (self.n_rows - row) % self.batch_size:
+            yield self.n_rows
+
+    def _order(self, epoch: int) -> Order:
+        return Order(self.n_rows, self._chunk_rows, self.seed, epoch, self.lanes, self.window)
 
     def _order_id(self) -> dict[str, Any]:
         return {
@@ -182,6 +208,7 @@ class Stream:
             "seed": self.seed,
             "lanes": self.lanes,
             "window": self.window,
+            "where": self._filter.digest if self._filter else None,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -194,7 +221,7 @@ class Stream:
             if state.get(name) != ours:
                 raise SpecError(
                     f"the stream state has {name} {state.get(name)!r}, this stream {ours!r}; "
-                    "open the same dataset version with the same seed, lanes and window to resume"
+                    "open the same dataset version with the same seed, lanes, window and where to resume"
                 )
         epoch, row = state.get("epoch"), state.get("row")
         if not (isinstance(epoch, int) and isinstance(row, int) and epoch >= 0 and 0 <= row < self.n_rows):
@@ -238,11 +265,11 @@ class _EpochReader:
         self.gatherer.shutdown(cancel_futures=True)
         self.readers.shutdown(cancel_futures=True)
 
-    def send_for(self, begin: int, end: int) -> Future[Batch]:
+    def send_for(self, begin: int, end: int) -> Future[dict[str, Any]]:
         """This rank's rows among global rows [begin, end), gathered in the background."""
         return self.gatherer.submit(self._take, begin, end)
 
-    def _take(self, begin: int, end: int) -> Batch:
+    def _take(self, begin: int, end: int) -> dict[str, Any]:
         n_lanes = self.stream.lanes
         first, last = begin // n_lanes, -(-end // n_lanes)
         parts: list[dict[str, np.ndarray]] = []
@@ -259,7 +286,9 @@ class _EpochReader:
             if len(parts) > 1
             else parts[0]
         )
-        return self._decode(joined)
+        if self.stream._filter is not None:
+            joined = self.stream._filter.apply(joined)
+        return self.stream._output.stage(joined)
 
     def _gather(self, position: int, stop: int, begin: int, end: int) -> dict[str, np.ndarray]:
         """Lane positions [position, stop) of every lane, cut to the global rows [begin, end)."""
@@ -274,15 +303,6 @@ class _EpochReader:
         return {
             name: pool.reshape(-1, *pool.shape[2:]).take(index, axis=0) for name, pool in self.data.items()
         }
-
-    def _decode(self, parts: dict[str, np.ndarray]) -> Batch:
-        shared = self.stream.dataset._shared
-        acts = {
-            site: shared.decode(site, parts[f"{site}/codes"], parts.get(f"{site}/scale"))
-            for site in self.stream.sites
-        }
-        rows = Rows(parts["token_id"], parts["sequence"], parts["position"]) if self.stream.metadata else None
-        return Batch(acts, rows)
 
     def _next_window(self, lane: _Lane) -> None:
         """Let the lane serve the window that was sent for, and send for the one after it."""

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .errors import CorruptObject, FormatError
+from .spec import PACKINGS
 from .store import Store
 
 MAX_JSON_BYTES = 2**24
@@ -93,7 +94,14 @@ def check_manifest(value: Any, splits: tuple[str, ...]) -> None:
     if block_rows % chunk_rows:
         raise ValueError(f"block_rows {block_rows} is not a multiple of chunk_rows {chunk_rows}")
     _integer(identity["seed"], "identity.seed", -(2**63), 2**63)
+    if tokens["packing"] not in PACKINGS:
+        raise ValueError(
+            f"identity.tokens.packing is {_shown(tokens['packing'])}, wanted {', '.join(PACKINGS)}"
+        )
     _integer(tokens["vocab_size"], "identity.tokens.vocab_size", 1, 2**32)
+    for name in ("bos_token_id", "eos_token_id"):
+        if tokens[name] is not None:
+            _integer(tokens[name], f"identity.tokens.{name}", 0, 2**32)
     _integer(tokens["context_size"], "identity.tokens.context_size", 1, MAX_CHUNK_BYTES // (64 * 4))
     for i, token in enumerate(_sequence(tokens["special_token_ids"], "identity.tokens.special_token_ids")):
         _integer(token, f"identity.tokens.special_token_ids[{i}]", 0, tokens["vocab_size"] - 1)

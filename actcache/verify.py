@@ -18,6 +18,7 @@ from .codec import Calibration, decode
 from .corpus import kept_tokens
 from .errors import RESTORE, ActcacheError, CorruptObject, DamagedDataset
 from .layout import (
+    BY_SEQUENCE,
     array_layout,
     calibration_key,
     derived_arrays,
@@ -288,6 +289,10 @@ class _Check:
                     self._count("rows whose token, sequence and position follow from input_ids", n)
         for _ in blocks:  # sequences past the last block are read too
             pass
+        for name in BY_SEQUENCE[2:]:
+            table = self.tables.get(f"{split}/{name}")
+            for shard in range(len(table.size_bytes) if table is not None else 0):
+                self._shard(split, name, shard)
 
     def _natural_rows(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray] | None]:
         """Token, sequence and position of each block's kept tokens in reading order; None where unknown."""

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from hardware import report
 
-from actcache.capture import load_lm, run_capture
+from actcache.capture import run_capture
 from actcache.codec import Precision, calibrate, decode, encode
-from actcache.corpus import kept_tokens, resolve_corpus, tokenise
+from actcache.corpus import kept_tokens, tokenise
 from actcache.driver import resolve
 from actcache.errors import ActcacheError
+from actcache.lm import load_lm
 from actcache.shard import decode_chunk, encode_shard
+from actcache.sources import resolve_corpus
 from actcache.spec import Corpus, Spec
 from actcache.statistics import Statistics
 from actcache.store import open_store

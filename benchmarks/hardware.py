@@ -10,8 +10,15 @@ from pathlib import Path
 
 def report(name: str, **figures: object) -> None:
     """Print one JSON line."""
-    versions = {p: importlib.metadata.version(p) for p in ("actcache", "numpy", "torch", "numcodecs")}
-    print(json.dumps({"benchmark": name, **figures, "hardware": _cpu(), "versions": versions}))
+    versions = {p: _version(p) for p in ("actcache", "numpy", "torch", "numcodecs")}
+    print(json.dumps({"benchmark": name, **figures, "hardware": _cpu(), "versions": versions}), flush=True)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # run from a checkout by PYTHONPATH
 
 
 def _cpu() -> str:

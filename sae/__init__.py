@@ -11,20 +11,30 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .architectures import BatchTopK, TopK
+    from .architectures import BatchTopK, Gated, JumpReLU, Matryoshka, Optimiser, Standard, TopK
     from .core import SAE, load
     from .evals import evaluate
     from .export import export
+    from .revival import AuxK, GhostGrads, Resampling
     from .streams import ArrayStream
-    from .train import NonFiniteLoss, Training, train
+    from .train import NonFiniteLoss, train
+    from .training import Training
 
 _HOMES = {
     "ArrayStream": "streams",
+    "AuxK": "revival",
     "BatchTopK": "architectures",
+    "Gated": "architectures",
+    "GhostGrads": "revival",
+    "JumpReLU": "architectures",
+    "Matryoshka": "architectures",
     "NonFiniteLoss": "train",
+    "Optimiser": "architectures",
+    "Resampling": "revival",
     "SAE": "core",
+    "Standard": "architectures",
     "TopK": "architectures",
-    "Training": "train",
+    "Training": "training",
     "evaluate": "evals",
     "export": "export",
     "load": "core",
@@ -34,8 +44,16 @@ _HOMES = {
 __all__ = [
     "SAE",
     "ArrayStream",
+    "AuxK",
     "BatchTopK",
+    "Gated",
+    "GhostGrads",
+    "JumpReLU",
+    "Matryoshka",
     "NonFiniteLoss",
+    "Optimiser",
+    "Resampling",
+    "Standard",
     "TopK",
     "Training",
     "evaluate",

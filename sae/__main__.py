@@ -21,6 +21,9 @@ import click
 
 from actcache.cli import STORAGE_OPTION, run
 
+if typing.TYPE_CHECKING:
+    from .architectures import Architecture
+
 _LAZY_COMMANDS = {"eval": ("sae.evals.cli", "eval_command"), "report": ("sae.report", "report_command")}
 _RENAMED = {"n_rows": "rows"}
 
@@ -65,8 +68,9 @@ def cli() -> None:
 
 def train_command() -> click.Command:
     """The `train` command; its options are the fields of `Training` and of the architectures."""
-    from .architectures import ARCHITECTURES, TopK
-    from .train import Training
+    from .architectures import ARCHITECTURES
+    from .revival import REVIVALS
+    from .training import Training
 
     own = [
         click.Option(["--data"], required=True, metavar="URL", help=_DATA_HELP),
@@ -83,7 +87,16 @@ def train_command() -> click.Command:
             default=["topk"],
             show_default=True,
             type=click.Choice(list(ARCHITECTURES)),
-            help="Architecture; repeat to train several. topk: exactly k latents a row; batchtopk: k on average.",
+            help="Architecture; repeat to train several. What sets how few latents are active (L0): --k for "
+            "topk (in each row), batchtopk and matryoshka (on average); --l1-coefficient for standard and "
+            "gated; --l0-coefficient or --target-l0 for jumprelu.",
+        ),
+        click.Option(
+            ["--revive"],
+            type=click.Choice([*REVIVALS, "none"]),
+            help="What is done about dead latents: auxk (they explain the error), ghost (ghost grads), resample "
+            "(they start again at badly reconstructed rows) or none. Default: auxk for topk, batchtopk and "
+            "matryoshka, none for the others.",
         ),
         click.Option(
             ["--out"], required=True, metavar="DIR", type=click.Path(path_type=Path), help=_OUT_HELP
@@ -100,18 +113,32 @@ def train_command() -> click.Command:
         click.Option(**STORAGE_OPTION),
         click.Option(["--json"], is_flag=True, help="Print the result as JSON instead of a table."),
     ]
-    docs = field_docs(TopK) | field_docs(Training)
-    skip = {"site"}
-    repeated = {"k", "d_sae"}
-    of_sae = [_option(f, docs, f.name in repeated) for f in fields(TopK) if f.name not in skip]
-    of_training = [_option(f, docs, False) for f in fields(Training)]
+    of_sae = [_option(f, docs, f.name in _REPEATED) for f, docs in _sae_fields()]
+    of_training = [_option(f, field_docs(Training), False) for f in fields(Training)]
     return click.Command(
         "train",
-        params=[*own[:3], *of_sae, *own[3:4], *of_training, *own[4:]],
+        params=[*own[:3], *of_sae[:2], own[3], *of_sae[2:], own[4], *of_training, *own[5:]],
         callback=_train,
         help=_TRAIN_HELP,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
+
+
+_REPEATED = ("d_sae", "k", "l1_coefficient", "l0_coefficient", "target_l0")
+_NOT_OPTIONS = ("site", "revive", "optimiser")
+
+
+def _sae_fields() -> list[tuple["Field[Any]", dict[str, str]]]:
+    """The fields of all architectures and of what revives dead latents, each name once."""
+    from .architectures import ARCHITECTURES, TopK
+    from .revival import REVIVALS
+
+    found: dict[str, tuple[Field[Any], dict[str, str]]] = {}
+    for kind in (TopK, *ARCHITECTURES.values(), *REVIVALS.values()):
+        for f in fields(kind):
+            if f.name not in _NOT_OPTIONS:
+                found.setdefault(f.name, (f, field_docs(kind)))
+    return list(found.values())
 
 
 _DATA_HELP = "The dataset: a directory or s3:// URL that `actcache harvest` wrote."
@@ -122,18 +149,20 @@ _OUT_HELP = (
 _TRAIN_HELP = """Train sparse autoencoders (SAEs) on a cached dataset of activations.
 
 An SAE writes each activation (a row: d_in numbers, one token at one site) as a sum of a few of
-d_sae learned directions, its latents. --k says how few, --d-sae how many there are. Data are
-read once, however many SAEs are trained: repeat --arch, --k, --d-sae or --site, and every
-combination is trained.
+d_sae learned directions, its latents. --d-sae says how many there are; --k, --l1-coefficient,
+--l0-coefficient or --target-l0 how few are active, as the architecture wants. Data are read once,
+however many SAEs are trained: repeat --arch, --d-sae, --k, a coefficient or --site, and every
+combination that makes sense is trained.
 
 \b
 Examples:
   python -m sae train --data acts/gpt2-ab12 --site blocks.8.hook_resid_pre --d-sae 24576 --k 32 --out runs/x
   python -m sae train --data s3://bucket/acts/gpt2-ab12 --arch topk --arch batchtopk \\
       --k 16 --k 32 --d-sae 6144 --rows 20000000 --out runs/sweep
+  python -m sae train --data acts/gpt2-ab12 --arch jumprelu --target-l0 32 --d-sae 6144 --out runs/jump
 
-Each SAE ends up in DIR/<arch>-<d_sae>-<k>: `sae.load` reads it, metrics.jsonl has its curves.
-Losses, gradients and clip norm are of activations scaled to mean norm sqrt(d_in)."""
+Each SAE ends up in DIR/<arch>-<d_sae>-<k or coefficient>: `sae.load` reads it, metrics.jsonl has
+its curves. Losses, coefficients and clip norm are of activations scaled as --input-scale says."""
 
 
 def _train(
@@ -145,24 +174,19 @@ def _train(
     epochs: int | None,
     storage_options: dict[str, Any],
     json: bool,
+    revive: str | None,
     **values: Any,
 ) -> None:
     import actcache
 
-    from .architectures import ARCHITECTURES, TopK
     from .train import Training, run_names, train
 
     ds = actcache.open(data, storage_options=storage_options)
     sites = list(dict.fromkeys(site)) or _only_site(ds.sites, data)
     rows = values.pop("n_rows") or ds.n_rows * (epochs or 1)
-    sae_values = {f.name: values.pop(f.name) for f in fields(TopK) if f.name in values}
+    sae_values = {f.name: values.pop(f.name) for f, _ in _sae_fields()}
     training = Training(n_rows=rows, **values)
-    ks, widths = sae_values.pop("k"), sae_values.pop("d_sae")
-    configs = [
-        ARCHITECTURES[a](d_sae=width, k=k, site=where, **sae_values)
-        for where, a, width, k in itertools.product(sites, arch, widths, ks)
-    ]
-    configs = list(dict.fromkeys(configs))
+    configs = _combinations(sites, arch, revive, sae_values)
     stream = ds.stream(
         sites,
         batch_size=batch_size,
@@ -172,6 +196,45 @@ def _train(
     )
     train(stream, configs, training, out=out)
     _show_results(out, run_names(configs), as_json=json)
+
+
+def _combinations(
+    sites: list[str], arch: tuple[str, ...], revive: str | None, values: Mapping[str, Any]
+) -> "list[Architecture]":
+    """A config for each architecture, site and value of the repeated options.
+
+    Raises:
+        click.UsageError: an option that no chosen architecture has, or one that is missing.
+    """
+    from .architectures import ARCHITECTURES, from_fields
+    from .revival import REVIVALS
+
+    given = {name: value for name, value in values.items() if value not in (None, ())}
+    unused = set(given)
+    configs = []
+    for name in dict.fromkeys(arch):
+        kind = ARCHITECTURES[name]
+        own = {f.name: given[f.name] for f in fields(kind) if f.name in given}
+        unused -= set(own)
+        revival = revive if revive is not None else getattr(kind.revive, "kind", "none")
+        if revival in REVIVALS:
+            settings = {f.name: given[f.name] for f in fields(REVIVALS[revival]) if f.name in given}
+            unused -= set(settings)
+            own["revive"] = REVIVALS[revival](**settings)
+        elif revive is not None:
+            own["revive"] = None
+        swept = [n for n in _REPEATED if n in own]
+        for where, *one in itertools.product(sites, *(own[n] for n in swept)):
+            try:
+                configs.append(
+                    from_fields(kind, {**own, **dict(zip(swept, one, strict=True)), "site": where})
+                )
+            except ValueError as error:
+                raise click.UsageError(f"{name}: {error}") from error
+    if unused:
+        options = ", ".join("--" + n.replace("_", "-") for n in sorted(unused))
+        raise click.UsageError(f"{options}: no architecture or --revive chosen here has this option")
+    return list(dict.fromkeys(configs))
 
 
 def _only_site(sites: list[str], data: str) -> list[str]:
@@ -216,8 +279,8 @@ def export_command(
 ) -> None:
     """Write the SAE in SAE_DIR in another project's format.
 
-    saelens: a directory that SAELens' `SAE.load_from_disk` reads; topk stays topk, batchtopk
-    becomes jumprelu with its inference threshold.
+    saelens: a directory that SAELens' `SAE.load_from_disk` reads; batchtopk and matryoshka become
+    jumprelu with their inference threshold, the others stay what they are.
 
     \b
     Example:
@@ -232,7 +295,14 @@ def export_command(
 
 
 def field_docs(kind: type) -> dict[str, str]:
-    """The string under each field of a dataclass, as one paragraph."""
+    """The string under each field of a dataclass and of those it extends, as one paragraph."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        found |= _own_field_docs(base)
+    return found
+
+
+def _own_field_docs(kind: type) -> dict[str, str]:
     node = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(node, ast.ClassDef)
     found = {}
@@ -246,7 +316,7 @@ def field_docs(kind: type) -> dict[str, str]:
 
 def _option(f: "Field[Any]", docs: Mapping[str, str], multiple: bool) -> click.Option:
     """A command-line option for a config field; its help is the field's own text."""
-    required = f.default is MISSING and f.name != "n_rows"
+    is_training = f.name not in {g.name for g, _ in _sae_fields()}
     help_text = docs[f.name].replace("None: ", "Default: ")
     if f.name == "n_rows":
         help_text += " Default: every row of the dataset, once per epoch."
@@ -254,13 +324,17 @@ def _option(f: "Field[Any]", docs: Mapping[str, str], multiple: bool) -> click.O
         help_text += " Repeat to train several."
     kind, extra = _click_type(f.type)
     name = _RENAMED.get(f.name, f.name).replace("_", "-")
+    # what is not given on the command line is left to the dataclass, which knows its default
+    known = f.default not in (MISSING, None)
+    if known and not is_training:
+        help_text += f" [default: {f.default:g}]" if kind is float else f" [default: {f.default}]"
+    extra.setdefault("multiple", multiple)
     return click.Option(
         [f"--{name}", f.name],
         type=kind,
-        required=required,
-        multiple=multiple,
-        default=None if f.default is MISSING else f.default,
-        show_default=f.default not in (MISSING, None),
+        required=f.name == "d_sae",
+        default=f.default if known and is_training else None,
+        show_default=known and is_training,
         help=help_text,
         **extra,
     )
@@ -269,11 +343,12 @@ def _option(f: "Field[Any]", docs: Mapping[str, str], multiple: bool) -> click.O
 def _click_type(annotation: Any) -> tuple[Any, dict[str, Any]]:
     if typing.get_origin(annotation) is typing.Literal:
         return click.Choice(typing.get_args(annotation)), {}
-    if typing.get_origin(annotation) is tuple:
-        return float, {"nargs": len(typing.get_args(annotation))}
     if isinstance(annotation, types.UnionType):
         annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
-    return annotation, {}
+    if typing.get_origin(annotation) is tuple:
+        of = typing.get_args(annotation)
+        return of[0], {"multiple": True} if of[-1] is Ellipsis else {"nargs": len(of)}
+    return annotation, {"is_flag": True} if annotation is bool else {}
 
 
 def main(arguments: list[str] | None = None, command: click.Command = cli) -> int:

@@ -8,6 +8,7 @@ value is the length it adds along its unit-norm decoder row.
 Shapes: N rows (any leading dimensions), D = d_in, F = d_sae.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -25,8 +26,17 @@ from .checkpoint import read_tensors, write_atomically, write_tensors
 FORMAT = 1
 """Version of the native directory."""
 
-ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "standard")
-"""What this module can run. The last two are inference only, for SAEs loaded from elsewhere."""
+ARCHITECTURES = ("standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")
+"""What this module can run."""
+
+TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
+EXTRA_TENSORS = {
+    "gated": ("b_gate", "r_mag"),
+    "jumprelu": ("threshold",),
+    "batchtopk": ("threshold",),
+    "matryoshka": ("threshold",),
+}
+"""What an architecture needs beside `TENSORS`."""
 
 SETTINGS_FILE, WEIGHTS_FILE = "sae.json", "weights.safetensors"
 
@@ -41,7 +51,9 @@ class SAE(nn.Module):
         b_enc: [F]
         W_dec: [F, D]
         b_dec: [D]; subtracted from the input and added to the output.
-        threshold: [F] or a scalar; batchtopk is active at or above it, jumprelu above it.
+        threshold: [F] or a scalar; batchtopk and matryoshka are active at or above it, jumprelu above.
+        b_gate: [F]; gated is active where (x - b_dec) W_enc + b_gate > 0; b_enc is then b_mag.
+        r_mag: [F]; gated's magnitude is ReLU(exp(r_mag) (x - b_dec) W_enc + b_enc).
         path: the directory it was loaded from or saved to.
     """
 
@@ -50,6 +62,8 @@ class SAE(nn.Module):
     W_dec: Tensor
     b_dec: Tensor
     threshold: Tensor | None
+    b_gate: Tensor | None
+    r_mag: Tensor | None
 
     def __init__(
         self,
@@ -59,15 +73,19 @@ class SAE(nn.Module):
         W_dec: Tensor,
         b_dec: Tensor,
         threshold: Tensor | None = None,
+        b_gate: Tensor | None = None,
+        r_mag: Tensor | None = None,
         path: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
         self.cfg = dict(cfg)
         self.path = None if path is None else Path(path)
-        _check(self.cfg, W_enc, b_enc, W_dec, b_dec, threshold)
+        extra = {"threshold": threshold, "b_gate": b_gate, "r_mag": r_mag}
+        _check(self.cfg, W_enc, b_enc, W_dec, b_dec, extra)
         for name, tensor in (("W_enc", W_enc), ("b_enc", b_enc), ("W_dec", W_dec), ("b_dec", b_dec)):
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
-        self.register_buffer("threshold", threshold)
+        for name, buffer in extra.items():
+            self.register_buffer(name, buffer)
 
     @property
     def device(self) -> torch.device:
@@ -80,15 +98,21 @@ class SAE(nn.Module):
     def encode(self, acts_ND: Tensor | np.ndarray) -> Tensor:
         """Latents [..., F], not negative, in the SAE's dtype."""
         acts_ND = self._tensor(acts_ND, "d_in", "activations")
-        pre_NF = torch.relu((acts_ND - self.b_dec) @ self.W_enc + self.b_enc)
+        hidden_NF = (acts_ND - self.b_dec) @ self.W_enc
         architecture = self.cfg["architecture"]
+        if architecture == "gated":
+            assert self.r_mag is not None, "checked when made"
+            assert self.b_gate is not None, "checked when made"
+            magnitude_NF = torch.relu(hidden_NF * self.r_mag.exp() + self.b_enc)
+            return magnitude_NF * (hidden_NF + self.b_gate > 0)
+        pre_NF = torch.relu(hidden_NF + self.b_enc)
         if architecture == "topk":
             values, columns = torch.topk(pre_NF, int(self.cfg["k"]), dim=-1, sorted=False)
             return torch.zeros_like(pre_NF).scatter_(-1, columns, values)
         if architecture == "standard":
             return pre_NF
         assert self.threshold is not None, "checked when made"
-        active_NF = pre_NF >= self.threshold if architecture == "batchtopk" else pre_NF > self.threshold
+        active_NF = pre_NF > self.threshold if architecture == "jumprelu" else pre_NF >= self.threshold
         return pre_NF * active_NF
 
     def decode(self, latents_NF: Tensor | np.ndarray) -> Tensor:
@@ -108,6 +132,14 @@ class SAE(nn.Module):
         write_atomically(directory / SETTINGS_FILE, settings.encode())
         self.path = directory
 
+    def digest(self) -> str:
+        """sha256 of the weights: two SAEs with one digest compute the same."""
+        sha = hashlib.sha256(str(self.cfg["architecture"]).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            sha.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()
+
     def extra_repr(self) -> str:
         known = {name: self.cfg.get(name) for name in ("architecture", "d_in", "d_sae", "k", "site")}
         return ", ".join(f"{name}={value}" for name, value in known.items() if value is not None)
@@ -124,7 +156,7 @@ class SAE(nn.Module):
 
 
 def load(path: str | os.PathLike[str]) -> SAE:
-    """The SAE in a directory: ours, or SAELens' (topk, jumprelu, standard). Executes nothing it reads.
+    """The SAE in a directory: ours, or SAELens' (standard, topk, gated, jumprelu). Executes nothing it reads.
 
     Raises:
         FileNotFoundError: the directory holds no SAE; the message lists those one level below.
@@ -168,17 +200,23 @@ def _load_native(directory: Path) -> SAE:
             f"{directory} holds SAE format {found}; this version reads {FORMAT}. Upgrade actcache."
         )
     tensors, _ = read_tensors(directory / WEIGHTS_FILE)
-    missing = {"W_enc", "b_enc", "W_dec", "b_dec"} - tensors.keys()
+    missing = set(TENSORS) - tensors.keys()
     if missing:
         raise CorruptObject(
             f"{directory / WEIGHTS_FILE} lacks {', '.join(sorted(missing))}. Train or copy it again."
         )
-    known = {name: tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-    return SAE(cfg, **known, threshold=tensors.get("threshold"), path=directory)
+    extra = {name for names in EXTRA_TENSORS.values() for name in names}
+    known = {name: tensor for name, tensor in tensors.items() if name in (*TENSORS, *extra)}
+    return SAE(cfg, **known, path=directory)
 
 
 def _check(
-    cfg: dict[str, Any], W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, threshold: Tensor | None
+    cfg: dict[str, Any],
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    extra: Mapping[str, Tensor | None],
 ) -> None:
     missing = [name for name in ("architecture", "d_in", "d_sae") if name not in cfg]
     if missing:
@@ -190,9 +228,10 @@ def _check(
         )
     if architecture == "topk" and not 1 <= int(cfg.get("k") or 0) <= f:
         raise SpecError(f"a topk SAE has k {cfg.get('k')}; it must be between 1 and d_sae = {f}")
-    if architecture in ("batchtopk", "jumprelu") and threshold is None:
+    lacking = [name for name in EXTRA_TENSORS.get(architecture, ()) if extra[name] is None]
+    if lacking:
         raise CorruptObject(
-            f"a {architecture} SAE needs a threshold; its weights hold none. Copy them again."
+            f"a {architecture} SAE needs {' and '.join(lacking)}; its weights hold none. Copy them again."
         )
     shapes = {
         "W_enc": (W_enc, (d, f)),

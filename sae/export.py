@@ -1,10 +1,10 @@
 """SAEs in other projects' formats; the only file that knows foreign names.
 
 SAELens 6 (github.com/jbloomAus/SAELens): a directory with `cfg.json` and
-`sae_weights.safetensors`. Written: topk as `topk`; batchtopk as `jumprelu` with a constant
-threshold, for SAELens' `load_from_disk` knows no inference form of BatchTopK. Its jumprelu is
-active strictly above the threshold and ours at or above it, so the next float below is written.
-Read: topk, jumprelu, standard, for inference.
+`sae_weights.safetensors`. Written: standard, topk, gated and jumprelu as themselves; batchtopk and
+matryoshka as `jumprelu` with a constant threshold, for SAELens' `load_from_disk` knows no
+inference form of BatchTopK. Its jumprelu is active strictly above the threshold and theirs at or
+above it, so the next float below is written. Read: standard, topk, gated, jumprelu.
 
 Shapes: D = d_in, F = d_sae.
 """
@@ -21,14 +21,15 @@ from torch import Tensor
 from actcache.errors import CorruptObject, FormatError
 
 from .checkpoint import read_tensors, write_atomically, write_tensors
-from .core import SAE, read_json
+from .core import EXTRA_TENSORS, SAE, TENSORS, read_json
 
 FORMATS = ("saelens",)
 
 _SAELENS_VERSION = "6.54.12"
 """The version whose reader the export was checked with; without one >= 6 SAELens converts old files."""
 _CONFIG_FILE, _WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
-_READABLE = ("topk", "jumprelu", "standard")
+_READABLE = ("standard", "topk", "gated", "jumprelu")
+_AS_JUMPRELU = ("batchtopk", "matryoshka")
 _DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -54,9 +55,11 @@ def export(s: SAE, format: str, out: str | os.PathLike[str], **metadata: Any) ->
         raise ValueError(f"format {format!r} is not known; there is {', '.join(FORMATS)}")
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: getattr(s, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    tensors = {name: getattr(s, name) for name in TENSORS}
+    if s.cfg["architecture"] == "gated":
+        tensors |= {"b_mag": tensors.pop("b_enc"), "b_gate": s.b_gate, "r_mag": s.r_mag}
     cfg: dict[str, Any] = {
-        "architecture": {"batchtopk": "jumprelu"}.get(s.cfg["architecture"], s.cfg["architecture"]),
+        "architecture": "jumprelu" if s.cfg["architecture"] in _AS_JUMPRELU else s.cfg["architecture"],
         "d_in": s.cfg["d_in"],
         "d_sae": s.cfg["d_sae"],
         "dtype": str(s.dtype).removeprefix("torch."),
@@ -100,11 +103,13 @@ def load_saelens(path: str | os.PathLike[str]) -> SAE:
                 f"{directory} sets {option} to {cfg[option]!r}; only 'none' is read. Fold it with SAELens first."
             )
     tensors, _ = read_tensors(directory / _WEIGHTS_FILE)
-    names = ["W_enc", "b_enc", "W_dec", "b_dec"] + (["threshold"] if architecture == "jumprelu" else [])
+    bias = "b_mag" if architecture == "gated" else "b_enc"  # of the values; ours is b_enc for both
+    names = ["W_enc", bias, "W_dec", "b_dec", *EXTRA_TENSORS.get(architecture, ())]
     missing = [name for name in names if name not in tensors]
     if missing or ("k" not in cfg and architecture == "topk"):
         raise CorruptObject(f"{directory} lacks {', '.join(missing) or 'k'}; copy it again")
     w = {name: tensors[name].to(_dtype(cfg, directory)) for name in names}
+    w["b_enc"] = w.pop(bias)
     _fold(w, cfg)
     metadata = cfg.get("metadata") or {}
     settings = {
@@ -129,14 +134,18 @@ def _fold(w: dict[str, Tensor], cfg: Mapping[str, Any]) -> None:
         w["W_enc"], w["b_enc"] = w["W_enc"] * norms_F, w["b_enc"] * norms_F
         w["W_dec"] = w["W_dec"] / norms_F[:, None]
     if not cfg.get("apply_b_dec_to_input", True):
-        w["b_enc"] = w["b_enc"] + w["b_dec"] @ w["W_enc"]
+        hidden_F = w["b_dec"] @ w["W_enc"]
+        if "b_gate" in w:
+            w["b_gate"] = w["b_gate"] + hidden_F
+            hidden_F = hidden_F * w["r_mag"].exp()
+        w["b_enc"] = w["b_enc"] + hidden_F
 
 
 def _saelens_threshold(s: SAE) -> Tensor:
     """[F], for a strict comparison."""
     assert s.threshold is not None
     threshold_F = s.threshold.detach().cpu().expand(s.cfg["d_sae"])
-    if s.cfg["architecture"] != "batchtopk":
+    if s.cfg["architecture"] not in _AS_JUMPRELU:
         return threshold_F
     # threshold 0 stays 0: a latent of value 0 is not active whatever the comparison
     below_F = torch.nextafter(threshold_F, torch.tensor(-torch.inf, dtype=threshold_F.dtype))

@@ -221,7 +221,7 @@ def _add_latents(entries: Sequence[Entry], ds: Any, tokenizer: Any, n_latents: i
     if not ready or ds is None:
         return
     if tokenizer is None:
-        from actcache.capture import load_tokenizer
+        from actcache.lm import load_tokenizer
 
         try:
             tokenizer = load_tokenizer(ds.spec.model, ds.spec.get("model", {}).get("revision"))
@@ -443,7 +443,7 @@ def report_command(
       python -m sae report runs/x --data s3://bucket/prefix/NAME --out report.html
     """
     import actcache
-    from actcache.capture import load_tokenizer
+    from actcache.lm import load_tokenizer
 
     ds, note = None, ""
     cfgs = [_entry(directory).cfg for directory in find_saes(run_dir)]

@@ -1,16 +1,42 @@
-"""Streams from memory: activations in an array, batched and shuffled as a dataset's stream is.
+"""Streams: what the trainer wants of one, and one from memory.
 
-The trainer wants of a stream: iteration over batches (`batch[site]`, `len(batch)`), `sites`,
-`batch_size`, `n_rows` (per epoch), `stats(site)`, `state()`, and `restore(state)` to resume.
+`ArrayStream` serves activations in an array, batched and shuffled as a dataset's stream is.
 
 Shapes: N rows, D = d_in.
 """
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+
+logger = logging.getLogger(__name__)
+
+
+class Batch(Protocol):
+    """Rows of each site, aligned."""
+
+    def __getitem__(self, site: str, /) -> np.ndarray: ...
+    def __len__(self) -> int: ...
+
+
+class Stream(Protocol):
+    """What the trainer reads from; `ds.stream(...)` and `sae.ArrayStream` are such.
+
+    A stream with `restore(state)` resumes at once; another is read again up to the row reached.
+    """
+
+    @property
+    def sites(self) -> Sequence[str]: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def n_rows(self) -> int: ...
+    def stats(self, site: str, /) -> Mapping[str, Any]: ...
+    def state(self) -> dict[str, Any]: ...
+    def __iter__(self) -> Iterator[Batch]: ...
 
 
 class ArrayBatch(Mapping[str, np.ndarray]):
@@ -121,3 +147,48 @@ class ArrayStream:
             "max_abs": float(np.abs(acts_ND).max()),
             "n_rows": self.n_rows,
         }
+
+
+def resumed(stream: Stream, state: dict[str, Any], rows: int) -> Stream:
+    """The stream continued where `state` was taken."""
+    restore = getattr(stream, "restore", None)
+    if restore is not None:
+        restore(state)
+        return stream
+    logger.warning("this stream can not restore a position; reading %s rows again to reach it", f"{rows:,}")
+    return _Skipping(stream, rows)
+
+
+class _Skipping:
+    """A stream without its first rows."""
+
+    def __init__(self, stream: Stream, rows: int) -> None:
+        self._stream, self._rows = stream, rows
+        self.sites, self.batch_size, self.n_rows = stream.sites, stream.batch_size, stream.n_rows
+
+    def stats(self, site: str, /) -> Mapping[str, Any]:
+        return self._stream.stats(site)
+
+    def state(self) -> dict[str, Any]:
+        return self._stream.state()
+
+    def __iter__(self) -> Iterator[Batch]:
+        skipped = 0
+        for batch in self._stream:
+            if skipped >= self._rows:
+                yield batch
+            skipped += len(batch)
+
+
+def dataset_of(stream: Stream) -> dict[str, Any]:
+    """What the stream tells of its dataset, for provenance; empty for arrays."""
+    dataset = getattr(stream, "dataset", None)
+    spec = getattr(dataset, "spec", None)
+    found = {
+        "url": getattr(stream, "dataset_url", None),
+        "id": getattr(dataset, "id", None) or getattr(stream, "dataset_id", None),
+        "model": getattr(spec, "model", None),
+        "context_size": getattr(spec, "context_size", None),
+        "prepend_bos": getattr(spec, "prepend_bos", None),
+    }
+    return {name: value for name, value in found.items() if value is not None}

@@ -9,10 +9,12 @@ E[min positive activation] (sec. 3): a moving average of each batch's smallest c
 rate is 0.1 (saev; SAELens 0.01, dictionary_learning 0.001): the threshold moves with the weights,
 and after 78 steps an average of 100 batches gave an inference L0 of 1.6 where 0.1 stays
 near k; the noise between batches is about 1 %. It starts at the first batch's value, not at 0.
+Defaults are TopK's.
 
 Shapes: N rows, F = d_sae.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,46 +22,35 @@ import torch
 from torch import Tensor
 
 from ..select import Entries, Scratch, largest_in_batch
-from . import checks
+from .base import Parameters
+from .topk import TopK
 
 THRESHOLD_RATE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchTopK:
+class BatchTopK(TopK):
     """Each batch of N rows keeps its k * N largest latents; a fixed threshold at inference."""
 
     architecture: ClassVar[str] = "batchtopk"
-    has_threshold: ClassVar[bool] = True
+    learns_threshold_by_average: ClassVar[bool] = True
 
-    d_sae: int
-    """Number of latents (the SAE's width), e.g. 8 to 64 times d_in."""
+    @property
+    def k_per_row(self) -> int | None:
+        return None
 
-    k: int
-    """Latents active in a row on average (mean L0), e.g. 32."""
-
-    k_aux: int | None = None
-    """Dead latents that AuxK lets explain each row's error. None: d_in / 2."""
-
-    aux_coefficient: float = 1 / 32
-    """Weight of the AuxK loss, which revives dead latents; 0 turns it off."""
-
-    site: str | None = None
-    """Where in the model the activations come from, e.g. blocks.3.hook_resid_post. None: the
-    stream's only site."""
-
-    def __post_init__(self) -> None:
-        checks.sparse(self)
-
-    def activate(self, pre_NF: Tensor) -> Tensor:
-        """Dense, differentiable latents of one batch."""
+    def keep(self, pre_NF: Tensor) -> Tensor:
         flat = pre_NF.reshape(-1)
-        values, chosen = torch.topk(flat, self.k * pre_NF.shape[0])
-        return torch.zeros_like(flat).scatter(0, chosen, torch.relu(values)).view_as(pre_NF)
+        chosen = torch.topk(flat, self.k * pre_NF.shape[0]).indices
+        return torch.zeros_like(flat).scatter(0, chosen, 1).view_as(pre_NF)
 
-    def select(self, pre_NF: Tensor, scratch: Scratch) -> Entries:
-        """The same latents as `activate`, as entries."""
+    def choose(self, pre_NF: Tensor, p: Parameters, scratch: Scratch) -> Entries:
         return largest_in_batch(pre_NF, self.k * pre_NF.shape[0], scratch)
+
+    def inference(self, p: Parameters, threshold: float | None) -> dict[str, Tensor]:
+        # nothing fired yet: no latent may fire at inference either
+        value = math.inf if threshold is None else threshold
+        return {"b_enc": p["b_enc_F"], "threshold": torch.tensor(value, dtype=p["b_enc_F"].dtype)}
 
 
 def update_threshold(threshold: float | None, smallest: float) -> float:

@@ -1,11 +1,11 @@
 """TopK: every row keeps its k largest latents (Gao et al. 2024, arXiv:2406.04093, sec. 2.3).
 
     z = ReLU(TopK((x - b_dec) W_enc + b_enc)),    x^ = z W_dec + b_dec
-    loss = mean_N |x - x^|^2 + aux_coefficient * min(n_dead / k_aux, 1) * AuxK   (sae/auxk.py)
+    loss = mean_N |x - x^|^2 + AuxK   (sae/revival/auxk.py)
 
 `k` alone controls L0: it is k wherever at least k pre-activations are positive, fewer where not.
-The ReLU is that of the published code (OpenAI, SAELens). Defaults: `aux_coefficient` 1/32 and
-AuxK itself from Gao et al. sec. 2.4 and A.2; `k_aux` d_in / 2 as SAELens and dictionary_learning.
+The ReLU is that of the published code (OpenAI, SAELens). Decoder rows are of unit norm. Defaults:
+AuxK from Gao et al. sec. 2.4 and A.2; the learning rate is the trainer's, from the same paper.
 
 Shapes: N rows, F = d_sae.
 """
@@ -16,41 +16,46 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..revival import AuxK, Revival
 from ..select import Entries, Scratch, largest_per_row
-from . import checks
+from ..views import View
+from .base import Architecture, Moment, Parameters, Terms, check_k, squared_error
+
+_AUXK = AuxK()
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopK:
+class TopK(Architecture):
     """Every row keeps its k largest latents."""
 
     architecture: ClassVar[str] = "topk"
-    has_threshold: ClassVar[bool] = False
-
-    d_sae: int
-    """Number of latents (the SAE's width), e.g. 8 to 64 times d_in."""
+    by_rank: ClassVar[bool] = True
 
     k: int
-    """Latents active in each row (its L0), e.g. 32."""
+    """Latents active in each row, e.g. 32; batchtopk and matryoshka: on average over a batch."""
 
-    k_aux: int | None = None
-    """Dead latents that AuxK lets explain each row's error. None: d_in / 2."""
-
-    aux_coefficient: float = 1 / 32
-    """Weight of the AuxK loss, which revives dead latents; 0 turns it off."""
-
-    site: str | None = None
-    """Where in the model the activations come from, e.g. blocks.3.hook_resid_post. None: the
-    stream's only site."""
+    revive: Revival | None = _AUXK
 
     def __post_init__(self) -> None:
-        checks.sparse(self)
+        super().__post_init__()
+        check_k(self.k, self.d_sae)
 
-    def activate(self, pre_NF: Tensor) -> Tensor:
-        """Dense, differentiable latents."""
-        values, columns = torch.topk(pre_NF, self.k, dim=-1)
-        return torch.zeros_like(pre_NF).scatter(-1, columns, torch.relu(values))
+    @property
+    def sparsity(self) -> float:
+        return self.k
 
-    def select(self, pre_NF: Tensor, scratch: Scratch) -> Entries:
-        """The same latents as `activate`, as entries."""
+    @property
+    def k_per_row(self) -> int | None:
+        return self.k
+
+    def keep(self, pre_NF: Tensor) -> Tensor:
+        chosen = torch.topk(pre_NF, self.k, dim=-1).indices
+        return torch.zeros_like(pre_NF).scatter(-1, chosen, 1)
+
+    def choose(self, pre_NF: Tensor, p: Parameters, scratch: Scratch) -> Entries:
         return largest_per_row(pre_NF, self.k, scratch).positive()
+
+    def loss(self, view: View, p: Parameters, moment: Moment) -> Terms:
+        latents = view.kept(torch.relu(view.pre))
+        error_ND = view.decode(latents, p["W_dec_FD"]) - view.centred_ND
+        return Terms(squared_error(error_ND), error_ND, latents)

@@ -59,7 +59,7 @@ def evaluate_many(
     Args:
         saes: what `sae.train` or `sae.load` returned, of any sites of `ds`.
         ds: what `actcache.open` returned.
-        model: a path or hub id, an `actcache.capture.LM`, or None for the metrics that need no LM.
+        model: a path or hub id, an `actcache.lm.LM`, or None for the metrics that need no LM.
         split: the split of `ds` that is evaluated.
         n_sequences: sequences run through the LM, from the first; fewer where the split has fewer.
         n_rows: rows the SAEs see, from the first (rows are shuffled inside blocks); None for all.
@@ -109,7 +109,7 @@ def _check(s: Any, ds: Any, view: Any, split: str) -> None:
 
 def _load(model: Any, ds: Any, device: torch.device) -> Any:
     """The LM, in the dtype of the harvest; its weights must be those that the dataset came from."""
-    from actcache.capture import check_harvested, load_harvested_lm
+    from actcache.lm import check_harvested, load_harvested_lm
 
     if model is None:
         return None

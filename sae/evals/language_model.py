@@ -67,7 +67,7 @@ def measure_losses(
     """Losses of the first `n_sequences` sequences of `view`, clean and under every intervention.
 
     Args:
-        lm: an `actcache.capture.LM`.
+        lm: an `actcache.lm.LM`.
         view: a dataset, or one split of it.
         interventions: name -> (site, replacement); "clean" is measured beside them, once.
         n_sequences: how many sequences, from the first, in order.
@@ -82,7 +82,10 @@ def measure_losses(
         input_ids_BT = torch.from_numpy(np.asarray(batch.input_ids, np.int64)).to(lm.device)
         length_B = torch.from_numpy(np.asarray(batch.length, np.int64)).to(lm.device)
         kept_BT = torch.from_numpy(np.asarray(batch.kept, bool)).to(lm.device)
-        step = _Batch(lm, input_ids_BT, length_B, kept_BT)
+        positions_BT = None
+        if batch.position_ids is not None:
+            positions_BT = torch.from_numpy(batch.position_ids).to(lm.device)
+        step = _Batch(lm, input_ids_BT, length_B, kept_BT, positions_BT)
         clean_MV = step.log_probs()
         results["clean"].merge(step.losses(clean_MV, clean_MV))
         for name, (site, replace) in interventions.items():
@@ -111,19 +114,31 @@ def _on_kept(kept_BT: Tensor, replace: Replacement) -> Replacement:
 class _Batch:
     """One batch of sequences: which losses count, and how to get them from the LM."""
 
-    def __init__(self, lm: Any, input_ids_BT: Tensor, length_B: Tensor, kept_BT: Tensor) -> None:
+    def __init__(
+        self,
+        lm: Any,
+        input_ids_BT: Tensor,
+        length_B: Tensor,
+        kept_BT: Tensor,
+        positions_BT: Tensor | None = None,
+    ) -> None:
         n_tokens = input_ids_BT.shape[1]
         real_BT = torch.arange(n_tokens, device=length_B.device) < length_B[:, None]
         self._lm, self._input_ids_BT = lm, input_ids_BT
-        self._attention_mask_BT = None if bool(real_BT.all()) else real_BT.long()
         self._counted_BT = kept_BT[:, :-1] & real_BT[:, 1:]
+        self._inputs: dict[str, Tensor] = {}
+        if positions_BT is not None:  # documents kept apart; they are only without an attention mask
+            self._inputs = {"position_ids": positions_BT}
+            self._counted_BT &= positions_BT[:, 1:] > 0
+        elif not bool(real_BT.all()):
+            self._inputs = {"attention_mask": real_BT.long()}
         self._target_M = input_ids_BT[:, 1:][self._counted_BT]
         self._sequence_M = self._counted_BT.nonzero()[:, 0]
 
     @torch.no_grad()
     def log_probs(self) -> Tensor:
         """Float32 log-probabilities [M, V] of the next token at the counted positions."""
-        out = self._lm.model(self._input_ids_BT, attention_mask=self._attention_mask_BT, use_cache=False)
+        out = self._lm.model(self._input_ids_BT, **self._inputs, use_cache=False)
         return out.logits[:, :-1][self._counted_BT].float().log_softmax(-1)
 
     def losses(self, log_probs_MV: Tensor, clean_MV: Tensor) -> Losses:

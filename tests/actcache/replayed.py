@@ -5,7 +5,6 @@ through the driver and a Harvester whose `_forward` returns what was recorded.
 """
 
 import copy
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import wait
@@ -34,8 +33,8 @@ class Recorded:
         self.harvester = Harvester(self.job("memory://unused"))
         self.acts: dict[bytes, dict[str, np.ndarray]] = {}
         for split in ("train", "validation", "test"):
-            input_ids_ST, _ = self.tokens.sequences(split, 0, self.tokens.n_sequences(split))
-            for start, acts in Harvester._forward(self.harvester, input_ids_ST, self.resolved.sites):
+            input_ids_ST, length_S = self.tokens.sequences(split, 0, self.tokens.n_sequences(split))
+            for start, acts in self.harvester._forward(input_ids_ST, self.resolved.sites, length_S):
                 for i in range(len(next(iter(acts.values())))):
                     row = input_ids_ST[start + i].tobytes()
                     self.acts[row] = {site: acts[site][i] for site in acts}
@@ -54,7 +53,7 @@ class Recorded:
         assert tokens is not None
         self.tokens = tokens
         self.harvester = object.__new__(Harvester)
-        self.harvester.__dict__ |= state["harvester"] | {"tokens": tokens, "_lm_lock": threading.Lock()}
+        self.harvester.__dict__ |= state["harvester"] | {"tokens": tokens}
 
     def job(self, url: str) -> Job:
         return Job(
@@ -68,6 +67,7 @@ class Recorded:
             lm_batch=8,
             device="cpu",
             threads=0,
+            uploads=1,
         )
 
     def with_acts(self, change: Callable[[str, np.ndarray], np.ndarray]) -> "Recorded":
@@ -91,10 +91,9 @@ class Recorded:
         harvester.__dict__ |= self.harvester.__dict__ | {
             "recorded": self,
             "store": store,
-            "_lm_lock": threading.Lock(),
             "job": replace(self.job(store.url), sites=resolved.sites),
-            "_calibrations": {},
         }
+        harvester._start()
         return harvester
 
     def harvest(self, store: Store, resolved: Resolved | None = None, *, threads: bool = True) -> None:
@@ -130,7 +129,9 @@ class Recorded:
 class _Replaying(Harvester):
     recorded: Recorded
 
-    def _forward(self, input_ids_ST: np.ndarray, sites: Any) -> Any:
+    def _forward(
+        self, input_ids_ST: np.ndarray, sites: Any, length_S: np.ndarray, position_ids_ST: Any = None
+    ) -> Any:
         for start in range(0, len(input_ids_ST), self.job.lm_batch):
             rows = [self.recorded.acts[r.tobytes()] for r in input_ids_ST[start : start + self.job.lm_batch]]
             yield start, {site: np.stack([row[site] for row in rows]) for site in sites}

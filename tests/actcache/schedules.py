@@ -138,7 +138,7 @@ class Schedule:
         for steps in self.drivers:
             for site in steps[-1]["sites"]:
                 assert rows[site] >= steps[-1]["n_tokens"]
-        _check_leftovers(clean, verify(dataset, progress=False)["unreferenced objects"])
+        check_leftovers(clean, verify(dataset, progress=False)["unreferenced objects"])
         ends = {end for _, end in outcomes}
         if retried and self.dies_at is None and self.outage_at is None:
             assert ends == {"survived"}, "faults that end before the deadline must not fail a harvest"
@@ -189,7 +189,7 @@ class Schedule:
         return rows
 
 
-def _check_leftovers(store: Store, unreferenced: int) -> None:
+def check_leftovers(store: Store, unreferenced: int) -> None:
     """Whoever loses the race for a version leaves the segments that it wrote for it, and nothing else."""
     named = {
         key

@@ -1,44 +1,25 @@
-"""Capture, splice and loading on tiny real models; the values of the sites are in test_families.py."""
+"""Capture and splice on tiny real models; the values of the sites are in test_families.py."""
 
 import copy
-import json
-import logging.handlers
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tiny_models import (
     D_MODEL,
     FAMILIES,
     N_BLOCKS,
     VOCAB_SIZE,
     block_of,
-    save_tiny_lm,
     shared_model,
     tiny_gemma3_multimodal,
     tiny_model,
-    tiny_tokenizer,
     tokens,
 )
 from torch import nn
 
-from actcache.capture import (
-    lm_config,
-    load_lm,
-    load_tokenizer,
-    resolve_model,
-    resolve_sites,
-    run_capture,
-    site_names,
-    site_width,
-    skeleton,
-    splice,
-)
+from actcache.capture import resolve_sites, run_capture, site_names, site_width, splice
 from actcache.errors import SpecError
+from actcache.families import find_tap
 
 PARALLEL = ("gpt_neox",)
 in_every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -61,24 +42,35 @@ def n_hooks(model):
 # --- capture ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "gemma2"])
-def test_forward_stops_after_the_deepest_site(family):
-    model = tiny_model(family)
+def modules_run(model, forward):
+    """Paths of the leaf modules that `forward` runs to their end, in order."""
     ran = []
-    blocks = [block_of(model, n) for n in range(N_BLOCKS)]
-    watched = {"block 0": blocks[0], "mlp 1": blocks[1].mlp, "block 1": blocks[1], "block 2": blocks[2]}
-    watched["logits"] = model.get_output_embeddings()
-    for name, module in watched.items():
-        module.register_forward_pre_hook(lambda module, args, name=name: ran.append(name))
+    leaves = [(path, module) for path, module in model.named_modules() if not list(module.children())]
+    hooks = [module.register_forward_hook(lambda *_, path=path: ran.append(path)) for path, module in leaves]
+    forward()
+    for hook in hooks:
+        hook.remove()
+    return ran
 
-    run_capture(model, tokens(), ["blocks.1.hook_resid_post", "hook_embed"])
-    assert ran == ["block 0", "block 1", "mlp 1"]
-    ran.clear()
-    run_capture(model, tokens(), ["blocks.1.hook_attn_out"])
-    assert ran == ["block 0", "block 1"]
-    ran.clear()
-    run_capture(model, tokens(), ["ln_final.hook_normalized"])
-    assert ran == ["block 0", "block 1", "mlp 1", "block 2"]
+
+@in_every_family
+def test_forward_runs_no_module_past_the_deepest_site(family):
+    model, ids = tiny_model(family), tokens()
+    whole = modules_run(model, lambda: model(ids))
+    assert whole[-1] == "lm_head"
+    for site in site_names(model):
+        tap = find_tap(model, site)
+        inside = [i for i, path in enumerate(whole) if f"{path}.".startswith(f"{tap.module}.")]
+        n_needed = inside[0] if tap.side == "in" else inside[-1] + 1
+        assert modules_run(model, lambda site=site: run_capture(model, ids, [site])) == whole[:n_needed], site
+
+
+@in_every_family
+def test_many_sites_cost_one_pass_to_the_deepest(family):
+    model, ids = tiny_model(family), tokens()
+    deepest = modules_run(model, lambda: run_capture(model, ids, ["blocks.1.hook_resid_post"]))
+    sites = [site for site in site_names(model) if site.startswith(("hook_embed", "blocks.0.", "blocks.1."))]
+    assert modules_run(model, lambda: run_capture(model, ids, sites[::-1])) == deepest
 
 
 @in_every_family
@@ -264,10 +256,23 @@ def test_site_width_is_that_of_the_captured_tensor(family):
 def test_identity_splice_leaves_the_logits_bit_for_bit(family):
     model, ids = shared_model(family), tokens()
     clean = logits_of(model, ids)
-    for site in resolve_sites(model, ["hook_embed", "blocks.1.**", "ln_final.hook_normalized"]):
+    for site in site_names(model):
         with splice(model, {site: lambda acts_BTD: acts_BTD}):
             assert torch.equal(logits_of(model, ids), clean), site
     with splice(model, dict.fromkeys(site_names(model), torch.clone)):
+        assert torch.equal(logits_of(model, ids), clean)
+
+
+@in_every_family
+def test_splicing_what_was_captured_changes_nothing_and_zeros_change_the_logits(family):
+    model, ids = shared_model(family), tokens()
+    clean, acts = logits_of(model, ids), captured(family)
+    for site, acts_BTD in acts.items():
+        with splice(model, {site: lambda _, new=acts_BTD: new}):
+            assert torch.equal(logits_of(model, ids), clean), site
+        with splice(model, {site: torch.zeros_like}):
+            assert (logits_of(model, ids) - clean).abs().max() > 1e-3, site
+    with splice(model, {site: lambda _, new=new: new for site, new in acts.items()}):
         assert torch.equal(logits_of(model, ids), clean)
 
 
@@ -335,6 +340,20 @@ def test_splices_at_several_sites_act_in_forward_order():
     assert torch.equal(acts[early], clean + 1.0)
 
 
+def test_an_inner_splice_sees_what_the_outer_one_put_there_and_ends_before_it():
+    model, ids, site = shared_model("llama"), tokens(), "blocks.1.hook_mlp_out"
+    clean = run_capture(model, ids, [site])[site]
+    seen = []
+    with splice(model, {site: lambda x: x + 1.0}):
+        with splice(model, {site: lambda x: seen.append(x.clone()) or x * 2.0}):
+            inner = run_capture(model, ids, [site])[site]
+        outer = run_capture(model, ids, [site])[site]
+    assert torch.equal(seen[0], clean + 1.0)
+    assert torch.equal(inner, (clean + 1.0) * 2.0)
+    assert torch.equal(outer, clean + 1.0)
+    assert torch.equal(run_capture(model, ids, [site])[site], clean)
+
+
 def test_autograd_goes_through_a_splice():
     # resid_mid = resid_pre + attn_out, so a vector added at either has the same gradient.
     model, ids = shared_model("llama"), tokens()
@@ -364,190 +383,3 @@ def test_a_replacement_that_does_not_fit_is_an_error(replacement, found):
         splice(model, {"blocks.0.hook_mlp_out": replacement}),
     ):
         model(tokens())
-
-
-# --- loading ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def lm_dir(tmp_path):
-    return save_tiny_lm(tmp_path / "tiny-llama")
-
-
-def test_load_lm_gives_the_saved_model_ready_for_capture(lm_dir):
-    lm = load_lm(str(lm_dir))
-    ids = tokens()
-    assert torch.equal(logits_of(lm.model, ids), logits_of(shared_model("llama"), ids))
-    assert not lm.model.training
-    assert not any(parameter.requires_grad for parameter in lm.model.parameters())
-    assert (lm.n_layers, lm.d_model, lm.vocab_size, lm.max_context) == (3, 32, VOCAB_SIZE, 64)
-    assert (lm.model_id, lm.device, lm.lm_dtype, lm.attn_implementation) == (
-        "tiny-llama",
-        "cpu",
-        "float32",
-        "sdpa",
-    )
-    assert lm.revision.startswith("sha256:")
-
-
-def test_the_dtype_is_the_one_asked_for_whatever_the_checkpoint_has(tmp_path):
-    half = tiny_model("gpt2").half()
-    half.save_pretrained(tmp_path)
-    for lm_dtype in ("float32", "bfloat16", "float16"):
-        lm = load_lm(str(tmp_path), lm_dtype=lm_dtype)
-        for name, parameter in lm.model.named_parameters():
-            assert parameter.dtype == getattr(torch, lm_dtype)
-            if lm_dtype == "float32":
-                assert torch.equal(parameter, half.get_parameter(name).float())
-    with pytest.raises(SpecError, match="lm_dtype is 'fp32'; it must be one of float32, bfloat16, float16"):
-        load_lm(str(tmp_path), lm_dtype="fp32")
-
-
-def test_gemma2_keeps_its_attention_softcapping(tmp_path):
-    save_tiny_lm(tmp_path, "gemma2", attn_logit_softcapping=0.5)
-    lm = load_lm(str(tmp_path))
-    assert lm.attn_implementation == "eager"
-    ids = tokens()
-    assert torch.equal(
-        logits_of(lm.model, ids), logits_of(tiny_model("gemma2", attn_logit_softcapping=0.5), ids)
-    )
-    assert not torch.equal(logits_of(lm.model, ids), logits_of(shared_model("gemma2"), ids))
-
-
-def test_loading_is_silent_and_leaves_transformers_settings_alone(lm_dir, capfd):
-    from transformers.utils import logging as hf_logging
-
-    before = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    capfd.readouterr()
-    load_lm(str(lm_dir))
-    load_tokenizer(str(lm_dir))
-    assert capfd.readouterr() == ("", "")
-    assert (hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()) == before
-
-
-def test_eos_at_the_end_of_a_batch_is_not_taken_for_padding(tmp_path):
-    save_tiny_lm(tmp_path, "gpt2", pad_token_id=2)
-    lm = load_lm(str(tmp_path))
-    ids = tokens()
-    ids[:, -1] = 2
-    warned = logging.handlers.BufferingHandler(capacity=100)
-    logging.getLogger("transformers").addHandler(warned)
-    run_capture(lm.model, ids, ["blocks.0.hook_resid_post"])
-    logging.getLogger("transformers").removeHandler(warned)
-    assert not warned.buffer
-
-
-def test_revision_of_a_directory_follows_its_content_and_not_its_place(lm_dir, tmp_path):
-    source, model_id, revision = resolve_model(str(lm_dir))
-    assert (source, model_id) == (str(lm_dir), "tiny-llama")
-    moved = lm_dir.rename(tmp_path / "elsewhere")
-    (moved / "README.md").write_text("not part of the model")
-    assert resolve_model(str(moved)) == (str(moved), "elsewhere", revision)
-    assert load_lm(str(moved), revision=revision).revision == revision
-
-    config = json.loads((moved / "config.json").read_text())
-    (moved / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
-    assert resolve_model(str(moved))[2] != revision
-    with pytest.raises(SpecError, match=r"holds revision sha256:.*, wanted sha256:"):
-        load_lm(str(moved), revision=revision)
-
-
-def test_hub_ids_resolve_to_the_commit_in_the_cache_when_offline(tmp_path):
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repo = tmp_path / "hub" / "models--lab--tiny"
-    save_tiny_lm(repo / "snapshots" / commit)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(commit)
-    script = """
-from actcache.capture import load_lm, load_tokenizer, resolve_model
-from actcache.errors import SpecError
-lm = load_lm("lab/tiny")
-print(lm.model_id, lm.revision, lm.d_model, len(load_tokenizer("lab/tiny")), *resolve_model("lab/tiny"))
-try:
-    load_lm("lab/other")
-except SpecError as err:
-    print(err)
-"""
-    env = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script],
-        env=env,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.stderr == ""
-    found, refused = run.stdout.splitlines()
-    assert found == f"lab/tiny {commit} 32 96 lab/tiny lab/tiny {commit}"
-    assert refused.startswith("no directory 'lab/other', and no such model in the hub's cache")
-
-
-def test_bundled_names_resolve_inside_the_package():
-    source, model_id, _ = resolve_model("bundled:stdlib-gpt2")
-    assert model_id == "bundled:stdlib-gpt2"
-    assert Path(source).parts[-3:] == ("actcache", "bundled", "stdlib-gpt2")
-    for name in ("bundled:nonesuch", "bundled:../bundled/stdlib-gpt2", "bundled:"):
-        with pytest.raises(SpecError, match="in this package; it has bundled:stdlib-gpt2"):
-            resolve_model(name)
-
-
-@pytest.mark.parametrize(
-    ("model", "says"),
-    [
-        ("./no/such/dir", "no model directory './no/such/dir'"),
-        ("", "no model directory ''"),
-        ("two words", "no directory 'two words', and it is no hub id either"),
-    ],
-)
-def test_a_model_that_is_not_there_is_one_clear_line(model, says):
-    for load in (load_lm, load_tokenizer, lm_config, resolve_model):
-        with pytest.raises(SpecError, match=says) as caught:
-            load(model)
-        assert "\n" not in str(caught.value)
-
-
-def test_a_checkpoint_that_is_not_whole_is_refused(lm_dir):
-    weights = load_file(lm_dir / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, lm_dir / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SpecError, match=r"lacks weights for 1 tensors \(model.layers.1.mlp.up_proj.weight\)"):
-        load_lm(str(lm_dir))
-    (lm_dir / "model.safetensors").unlink()
-    with pytest.raises(SpecError, match=r"cannot be loaded .*no file named model\.safetensors") as caught:
-        load_lm(str(lm_dir))
-    assert "\n" not in str(caught.value)
-
-
-def test_an_impossible_device_is_refused(lm_dir):
-    with pytest.raises(SpecError, match="cannot be put on device 'cuda:99'"):
-        load_lm(str(lm_dir), device="cuda:99")
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
-def test_a_model_without_its_tokenizer_is_refused(tmp_path, family):
-    # Transformers makes up an empty tokenizer for gpt2 and gemma2, and raises for llama.
-    save_tiny_lm(tmp_path, family, tokenizer=False)
-    with pytest.raises(SpecError, match="is a model without the tokenizer") as caught:
-        load_tokenizer(str(tmp_path))
-    assert "\n" not in str(caught.value)
-
-
-def test_load_tokenizer_gives_the_saved_one(lm_dir):
-    text = "def f(x): return x"
-    tokenizer = load_tokenizer(str(lm_dir))
-    assert tokenizer(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-
-
-@in_every_family
-def test_sites_and_widths_are_known_without_weights(tmp_path, family):
-    model = shared_model(family)
-    model.config.save_pretrained(tmp_path)
-    bare = skeleton(str(tmp_path))
-    assert lm_config(str(tmp_path)).model_type == model.config.model_type
-    assert all(parameter.is_meta for parameter in bare.parameters())
-    assert site_names(bare) == site_names(model)
-    for site in resolve_sites(bare, ["blocks.1.**"]):
-        assert site_width(bare, site) == captured(family)[site].shape[-1]

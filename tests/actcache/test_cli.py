@@ -54,6 +54,8 @@ def test_harvest_twice_then_look_at_it(tmp_path):
         (["--model", "nothing/here"], 2, "nothing/here"),
         (["--root", "/proc/nowhere"], 1, "/proc/nowhere"),
         (["--lm-dtype", "float23"], 2, "must be one of float32"),
+        (["--packing", "isolate"], 2, "did you mean 'isolated'"),
+        (["--token-field", "ids"], 2, "which have no field 'ids'"),
         (["--device", "gpu9"], 2, "gpu9"),
     ],
 )

@@ -1,96 +1,26 @@
-"""Corpora of every format, packing without loss, and splits that content alone decides."""
+"""Token stores: every token once, known by its document; splits that content alone decides."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny_harvest import write_corpus
+from test_sources import write
+from tiny_harvest import tiny_spec, write_corpus
 from tiny_models import tiny_tokenizer
 
-from actcache.corpus import (
-    Skipped,
-    documents,
-    kept_tokens,
-    open_tokens,
-    pack_concat,
-    resolve_corpus,
-    split_of,
-    tokenise,
-)
-from actcache.errors import CorpusError, SpecError
-from actcache.spec import Corpus, Spec
-from actcache.store import open_store
-
-TEXTS = ["one document", "another\nwith lines", "ünïcode ☃"]
-
-
-def read(source, **options):
-    skipped = Skipped()
-    return list(documents(resolve_corpus(Corpus(str(source), **options)), skipped)), skipped.counts
-
-
-def test_text_files_jsonl_and_parquet_give_the_same_documents(tmp_path):
-    for i, text in enumerate(TEXTS):
-        (tmp_path / f"{i}.txt").write_text(text)
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
-    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "d.parquet")
-    assert read(tmp_path / "*.txt")[0] == TEXTS
-    assert read(tmp_path / "d.jsonl")[0] == TEXTS
-    assert read(tmp_path / "d.parquet")[0] == TEXTS
-
-
-def test_what_cannot_be_read_is_counted_not_hidden(tmp_path):
-    lines = [
-        b'{"text": "good"}',
-        b"not json",
-        b'{"other": 1}',
-        b'{"text": ""}',
-        b'{"text": "\\ud800"}',
-        b"\xff\xfe",
-    ]
-    (tmp_path / "d.jsonl").write_bytes(b"\n".join(lines))
-    texts, skipped = read(tmp_path / "d.jsonl")
-    assert texts == ["good"]
-    assert sum(skipped.values()) == 5
-    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
-    assert read(tmp_path / "*.txt") == ([], {"not valid UTF-8 or JSON, or without the text field": 1})
-
-
-def test_the_identity_of_a_corpus_is_its_content_not_its_place(tmp_path):
-    first, second = write_corpus(tmp_path / "a", 5), write_corpus(tmp_path / "b", 5)
-    assert resolve_corpus(Corpus(first)).identity() == resolve_corpus(Corpus(second)).identity()
-    (tmp_path / "b" / "0000.txt").write_text("changed")
-    assert resolve_corpus(Corpus(first)).revision != resolve_corpus(Corpus(second)).revision
-
-
-@pytest.mark.parametrize(
-    ("source", "options", "message"),
-    [
-        ("nothing/*.txt", {}, "no file matches"),
-        ("bundled:other", {}, "not bundled"),
-        ("nonsense://x/y", {}, "cannot open"),
-    ],
-)
-def test_a_corpus_that_is_not_there_is_one_clear_error(source, options, message):
-    with pytest.raises(CorpusError, match=message):
-        read(source, **options)
-
-
-def test_a_missing_parquet_column_is_named(tmp_path):
-    pq.write_table(pa.table({"content": TEXTS}), tmp_path / "d.parquet")
-    with pytest.raises(CorpusError, match="no column 'text'; it has content"):
-        read(tmp_path / "d.parquet")
-
-
-def test_files_of_two_formats_are_refused(tmp_path):
-    (tmp_path / "a.txt").write_text("x")
-    (tmp_path / "b.jsonl").write_text('{"text": "x"}')
-    with pytest.raises(CorpusError, match="formats jsonl, text"):
-        read(tmp_path / "*.*")
+import actcache
+from actcache import corpus as corpus_module
+from actcache import packing
+from actcache.corpus import SPLITS, TokenStore, kept_tokens, open_tokens, split_of, tokenise
+from actcache.errors import CorpusError, NotADataset, SpecError
+from actcache.lm import load_tokenizer
+from actcache.packing import document_places
+from actcache.ray_engine import in_a_cluster, ray_map
+from actcache.sources import Skipped, documents, resolve_corpus
+from actcache.spec import PACKINGS, Corpus, Spec
+from actcache.store import LocalStore, open_store
 
 
 def test_splits_follow_the_content_and_the_shares():
@@ -98,19 +28,6 @@ def test_splits_follow_the_content_and_the_shares():
     assert abs(splits.count("validation") / 5000 - 0.2) < 0.03  # five standard errors
     assert abs(splits.count("test") / 5000 - 0.1) < 0.03
     assert split_of("document 1", 0.2, 0.1) == splits[1]
-
-
-@given(st.lists(st.integers(5, 90), max_size=100), st.integers(2, 17), st.booleans())
-@settings(max_examples=80, deadline=None)
-def test_packing_loses_no_token_and_adds_none(tokens, context_size, with_bos):
-    bos = 1 if with_bos else None
-    input_ids, length = pack_concat(np.array(tokens, np.uint16), context_size, bos, 2)
-    begin = 1 if with_bos else 0
-    inside = [row[begin:n].tolist() for row, n in zip(input_ids, length, strict=True)]
-    assert [t for row in inside for t in row] == tokens
-    assert all(n == context_size for n in length[:-1])
-    if with_bos and len(input_ids):
-        assert (input_ids[:, 0] == 1).all()
 
 
 def test_padding_is_known_by_length_and_special_tokens_are_never_rows():
@@ -136,7 +53,7 @@ def test_token_store_holds_every_token_of_every_document_once(spec, tmp_path):
     tokens = make_tokens(spec, tmp_path / "root")
     tokenizer = tiny_tokenizer()
     expected = {"train": [], "validation": [], "test": []}
-    for text in documents(resolve_corpus(spec.corpus), Skipped()):
+    for _, _, text in documents(resolve_corpus(spec.corpus), Skipped()):
         expected[split_of(text, 0.1, 0.1)] += [*tokenizer(text, add_special_tokens=False)["input_ids"], 2]
     for split, ids in expected.items():
         n = tokens.n_sequences(split)
@@ -210,3 +127,268 @@ def test_prepend_bos_needs_a_bos_and_packing_needs_an_eos(spec, tmp_path):
     tokenizer.eos_token = None
     with pytest.raises(SpecError, match="no EOS"):
         tokenise(spec, resolved, tokenizer, root, progress=False)
+
+
+def store_of(spec, root, tokenizer=None, **options):
+    return tokenise(
+        spec,
+        resolve_corpus(spec.corpus),
+        tokenizer or tiny_tokenizer(),
+        open_store(str(root)),
+        progress=False,
+        **options,
+    )
+
+
+def documents_of(tokens, split):
+    """{document: its stored tokens' (offset, id)} of a split, by the store's arrays."""
+    n = tokens.n_sequences(split)
+    input_ids, length = tokens.sequences(split, 0, n)
+    arrays = tokens.documents(split, 0, n)
+    kept = kept_tokens(input_ids, length, tokens.identity["special_token_ids"])
+    sequence, position = np.nonzero(kept)
+    document, offset = document_places(sequence, position, *arrays.values(), tokens.identity)
+    out = {}
+    for d, o, i in zip(document.tolist(), offset.tolist(), input_ids[kept].tolist(), strict=True):
+        out.setdefault(d, []).append((o, i))
+    return {d: sorted(found) for d, found in out.items()}
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("prepend_bos", [True, False])
+def test_every_row_is_led_back_to_its_file_record_and_offset(tmp_path, packing, prepend_bos):
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(["a", "bc", "def"], rng.integers(1, 30))) + str(i) for i in range(90)]
+    for i in range(3):
+        lines = [json.dumps({"text": t}) for t in texts[i * 30 : i * 30 + 30]]
+        (tmp_path / f"{i}.jsonl").write_text("not json\n" + "\n".join(lines))
+    corpus = Corpus(f"{tmp_path}/*.jsonl", validation_share=0.2, test_share=0.2)
+    spec = Spec(
+        model="unused", corpus=corpus, sites=["x"], context_size=24, n_tokens=1, packing=packing,
+        prepend_bos=prepend_bos,
+    )  # fmt: skip
+    tokens = store_of(spec, tmp_path / "root")
+    assert tokens.manifest["skipped"] == {"not JSON": 3}
+    tokenizer, seen, cut = tiny_tokenizer(), [], 0
+    for split in SPLITS:
+        n_tokens = 0
+        for document, found in documents_of(tokens, split).items():
+            file, record = tokens.source(split, document)
+            number = int(file.split(".")[0]) * 30 + record - 1
+            seen.append(number)
+            text = texts[number]
+            assert split_of(text, 0.2, 0.2) == split
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            start = tokens.rows(split, "document_start", document, document + 2)
+            assert np.diff(start) == len(ids) + (packing == "concat")
+            stored = ids[: 24 - prepend_bos] if packing == "single" else ids
+            cut += len(ids) - len(stored)
+            n_tokens += len(stored) + (packing == "concat")
+            assert found == list(enumerate(stored))
+        assert n_tokens == tokens.manifest["splits"][split]["n_tokens"]
+    assert sorted(seen) == list(range(90))
+    assert cut == sum(s["n_tokens_cut"] for s in tokens.manifest["splits"].values())
+    assert (cut > 0) == (packing == "single")
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_dataset_knows_the_documents_of_its_rows(tmp_path, packing):
+    spec = tiny_spec(tmp_path, packing=packing, context_size=12)
+    dataset = actcache.harvest(spec, str(tmp_path / "root"), progress=False)
+    tokenizer = load_tokenizer(spec.model)
+    paths = (tmp_path / "corpus").iterdir()
+    ids = {p.name: tokenizer(p.read_text(), add_special_tokens=False)["input_ids"] for p in paths}
+    for split in dataset.splits:
+        part = dataset.split(split)
+        index = np.random.default_rng(0).permutation(part.n_rows)[:200]
+        rows, found = part.rows(index), part.documents(index)
+        sources = part.sources(found.document)
+        for i, (file, record) in enumerate(sources):
+            assert record == 0
+            assert rows.token_id[i] == ids[file][found.offset[i]]
+    moved = shutil.copytree(dataset.url, tmp_path / "elsewhere" / "copy")
+    copied = actcache.open(str(moved))
+    assert np.array_equal(copied.documents(slice(50)).offset, dataset.documents(slice(50)).offset)
+    with pytest.raises(NotADataset, match="holds no token store"):
+        copied.sources([0])
+
+
+@pytest.mark.parametrize("holds", ["text", "tokens", "chat"])
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "feather", "saved"])
+def test_no_document_nor_its_duplicate_is_in_two_splits_and_shares_are_right(tmp_path, kind, holds):
+    if kind == "text" and holds != "text":
+        pytest.skip("text files hold text")
+    n = 150
+    values = {
+        "text": [f"document {i}" for i in range(n)],
+        "tokens": [[5 + i % 80, 5 + i // 80, 7] for i in range(n)],
+        "chat": [[{"role": "user", "content": f"question {i}"}] for i in range(n)],
+    }[holds]
+    twice = values + values[::-1]  # every document has its duplicate elsewhere
+    options = {"text": {"text_field": "f"}, "tokens": {"token_field": "f"}, "chat": {"chat_field": "f"}}[
+        holds
+    ]
+    corpus = Corpus(write(tmp_path / "c", kind, "f", twice), validation_share=0.2, test_share=0.1, **options)
+    spec = Spec(model="unused", corpus=corpus, sites=["x"], context_size=16, n_tokens=1, packing="isolated")
+    tokens = store_of(spec, tmp_path / "root", chat_tokenizer())
+    resolved = resolve_corpus(corpus)
+    content = {
+        (resolved.names[d.file], d.record): json.dumps(np.asarray(d.content).tolist())
+        for d in documents(resolved, Skipped())
+    }
+    by_split = {
+        split: [content[tokens.source(split, d)] for d in range(tokens.n_documents(split))]
+        for split in SPLITS
+    }
+    assert sum(map(len, by_split.values())) == 2 * n
+    for split, found in by_split.items():
+        others = set().union(*(by_split[s] for s in SPLITS if s != split))
+        assert not others & set(found)
+        assert all(found.count(c) == 2 for c in found)
+    for split, share in (("validation", 0.2), ("test", 0.1)):  # five standard errors of n draws
+        assert abs(len(by_split[split]) / (2 * n) - share) < 5 * (share * (1 - share) / n) ** 0.5
+
+
+def chat_tokenizer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'bad' %}{{ raise_exception('no') }}{% endif %}"
+        "{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_chats_are_rendered_by_the_template_with_one_bos_and_one_eos(tmp_path, packing):
+    chats = [[{"role": r, "content": "hi"}] for r in ("user", "bad", "system")]
+    corpus = Corpus(
+        write(tmp_path / "c", "jsonl", "m", chats), chat_field="m", validation_share=0, test_share=0
+    )
+    spec = Spec(model="unused", corpus=corpus, sites=["x"], context_size=40, n_tokens=1, packing=packing)
+    tokenizer = chat_tokenizer()
+    tokens = store_of(spec, tmp_path / "root", tokenizer)
+    assert tokens.manifest["skipped"] == {"refused by the chat template": 1}
+    input_ids, length = tokens.sequences("train", 0, tokens.n_sequences("train"))
+    found = sorted("".join(tokenizer.decode(ids[:n])) for ids, n in zip(input_ids, length, strict=True))
+    first, second = ("<s>user: hi</s>", "<s>system: hi</s>")
+    assert (
+        found
+        == {
+            "concat": [f"<s>{first}{second}"],  # BOS of the sequence, then the template's own
+            "isolated": [first + second],
+            "single": sorted([first, second]),
+        }[packing]
+    )
+    other = chat_tokenizer()
+    other.chat_template += " "
+    assert (
+        store_of(spec, tmp_path / "root", other).identity["chat_template"] != tokens.identity["chat_template"]
+    )
+    with pytest.raises(SpecError, match="no chat template"):
+        store_of(spec, tmp_path / "root", tiny_tokenizer())
+
+
+def test_given_ids_are_checked_and_keep_their_own_bos_and_eos_once(tmp_path):
+    ids = [[1, 5, 6, 2], [7, 8], [9, 95], [9, 96], [-1], [2**40], [1]]
+    for kind, expected in (
+        ("concat", [1, 1, 5, 6, 2, 7, 8, 2, 9, 95, 2, 1, 2]),
+        ("isolated", [1, 5, 6, 2, 1, 7, 8, 1, 9, 95]),
+    ):
+        source = write(tmp_path / kind, "parquet", "ids", ids)
+        corpus = Corpus(source, token_field="ids", validation_share=0, test_share=0)
+        spec = Spec(model="unused", corpus=corpus, sites=["x"], context_size=20, n_tokens=1, packing=kind)
+        tokens = store_of(spec, tmp_path / "root")
+        input_ids, length = tokens.sequences("train", 0, 1)
+        assert input_ids[0, : length[0]].tolist() == expected
+        assert tokens.manifest["skipped"] == {
+            "token ids outside of the vocabulary": 3,
+            **({"without a token": 1} if kind == "isolated" else {}),
+        }
+
+
+def test_a_strict_corpus_raises_at_the_document_even_when_a_lenient_store_is_there(tmp_path):
+    from dataclasses import replace
+
+    ids = [[5, 6], [7, 1000]]
+    corpus = Corpus(write(tmp_path / "c", "jsonl", "ids", ids), token_field="ids", validation_share=0)
+    spec = Spec(model="unused", corpus=corpus, sites=["x"], context_size=16, n_tokens=1)
+    strict = replace(spec, corpus=replace(corpus, strict=True))
+    with pytest.raises(CorpusError, match=r"data.jsonl, line 2: token ids outside of the vocabulary"):
+        store_of(strict, tmp_path / "root")
+    lenient = store_of(spec, tmp_path / "root")
+    assert lenient.manifest["skipped"] == {"token ids outside of the vocabulary": 1}
+    with pytest.raises(CorpusError, match="was built without these documents"):
+        store_of(strict, tmp_path / "root")
+
+
+def stored_bytes(tokens):
+    root = Path(tokens.store.url)
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_neither_batches_nor_buckets_nor_the_executor_change_a_byte(spec, tmp_path, monkeypatch):
+    whole = stored_bytes(store_of(spec, tmp_path / "a"))
+    monkeypatch.setattr(packing, "_BUCKET_BYTES", 1)  # a bucket a shard
+    monkeypatch.setattr(corpus_module, "sequence_rows", lambda context_size: (64, 4))
+    many = store_of(spec, tmp_path / "b")
+    few = TokenStore(many.store, many.manifest)
+    monkeypatch.setattr(packing, "_BUCKET_BYTES", 2**25)
+    monkeypatch.setattr(corpus_module, "_TAKE_TOKENS", 100)
+    monkeypatch.setattr(corpus_module, "_BATCH_LENGTH", 300)
+    assert stored_bytes(store_of(spec, tmp_path / "c", run=map)) == stored_bytes(few)
+    monkeypatch.undo()
+    assert stored_bytes(store_of(spec, tmp_path / "d", run=map)) == whole
+
+
+def test_a_killed_build_leaves_no_store_and_is_finished_by_the_next(spec, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    whole = stored_bytes(store_of(spec, tmp_path / "a"))
+    for keep in range(0, len(whole), 7):
+        root = tmp_path / f"root-{keep}"
+        store = open_store(str(root)).sub(f"tokens/{Path(store_of(spec, tmp_path / 'a').store.url).name}")
+        create, made = LocalStore.create, []
+
+        def stop(self, key, data, create=create, made=made, keep=keep):
+            if len(made) >= keep:
+                raise Killed
+            made.append(key)
+            return create(self, key, data)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LocalStore, "create", stop)
+            with pytest.raises(Killed):
+                store_of(spec, root)
+        assert open_tokens(store) is None
+        assert stored_bytes(store_of(spec, root)) == whole
+
+
+def test_a_document_longer_than_a_batch_and_a_shard_is_one_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_module, "_BATCH_LENGTH", 1000)
+    monkeypatch.setattr(corpus_module, "_TAKE_TOKENS", 1000)
+    monkeypatch.setattr(corpus_module, "PIECE_LENGTH", 500)
+    monkeypatch.setattr(corpus_module, "sequence_rows", lambda context_size: (64, 4))
+    text = "word and another " * 2000
+    (tmp_path / "big.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": "small"}))
+    corpus = Corpus(str(tmp_path / "big.jsonl"), validation_share=0, test_share=0)
+    spec = Spec(model="unused", corpus=corpus, sites=["x"], context_size=256, n_tokens=1)
+    tokens = store_of(spec, tmp_path / "root")
+    assert tokens.n_documents("train") == 2
+    expected = tiny_tokenizer()(text, add_special_tokens=False)["input_ids"]
+    assert tokens.rows("train", "document_start", 0, 3).tolist() == [0, len(expected) + 1, len(expected) + 7]
+    assert [i for _, i in documents_of(tokens, "train")[0]] == expected
+
+
+@pytest.mark.ray
+def test_ray_tasks_make_the_same_store_and_their_errors_are_ours(spec, tmp_path, ray_session, monkeypatch):
+    monkeypatch.setattr(corpus_module, "_BATCH_LENGTH", 1000)  # about 40 tasks
+    whole = stored_bytes(store_of(spec, tmp_path / "a"))
+    assert in_a_cluster()
+    assert stored_bytes(store_of(spec, tmp_path / "b", run=ray_map)) == whole
+
+    def refuse(item):
+        raise CorpusError(f"no {item}")
+
+    with pytest.raises(CorpusError, match="no 1"):
+        list(ray_map(refuse, iter([1, 2, 3])))

@@ -4,7 +4,9 @@ Equalities are exact (`torch.equal`) where both sides run the same operations in
 elsewhere the tolerance is a few float32 roundings of the values compared.
 """
 
+import re
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,7 +72,7 @@ def test_embed_is_the_token_embedding_scaled_in_gemma(family):
     acts = captured(family)
     scale = D_MODEL**0.5 if family in GEMMA else 1.0
     close(acts["hook_embed"], weight[ids] * scale)
-    positions = model.get_decoder().wpe.weight[: ids.shape[1]] if family == "gpt2" else 0.0
+    positions = model.get_decoder().wpe.weight[: ids.shape[1]] if family in ("gpt2", "gpt_neo") else 0.0
     close(acts["blocks.0.hook_resid_pre"], acts["hook_embed"] + positions)
 
 
@@ -94,7 +96,7 @@ def affine(module, x):
 
 
 def norms_of(family, block):
-    if family == "gpt2":
+    if family in ("gpt2", "gpt_neo"):
         return block.ln_1, block.ln_2
     if family in GEMMA:
         return block.input_layernorm, block.pre_feedforward_layernorm
@@ -122,7 +124,7 @@ def qkv_by_hand(family, block, x):
     if family.startswith("gpt_neox"):
         heads = affine(block.attention.query_key_value, x).unflatten(-1, (4, 3, D_MODEL // 4))
         return tuple(heads[..., part, :].flatten(2) for part in range(3))
-    attn = block.self_attn
+    attn = block.attn.attention if family == "gpt_neo" else block.self_attn
     if family == "phi3":
         return affine(attn.qkv_proj, x).split([32, 16, 16], dim=-1)
     return affine(attn.q_proj, x), affine(attn.k_proj, x), affine(attn.v_proj, x)
@@ -138,13 +140,18 @@ def test_q_k_v_are_projections_of_ln1_before_rotation(family):
 
 
 @in_every_family
-def test_first_token_attends_to_itself_so_its_z_is_its_own_v(family):
-    acts = captured(family)
+def test_z_is_v_weighted_by_the_attention_that_hugging_face_reports(family):
+    model, ids, acts = shared_model(family), tokens(), captured(family)
+    kernel = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the others report no attention
+    with torch.no_grad():
+        attentions = model(ids, output_attentions=True).attentions
+    model.set_attn_implementation(kernel)
     for n in range(N_BLOCKS):
-        v, z = (acts[f"blocks.{n}.attn.hook_{name}"][:, 0] for name in "vz")
+        v, z = (acts[f"blocks.{n}.attn.hook_{name}"] for name in "vz")
         d_head = 16 if family in (*GEMMA, "qwen3") else 8
-        v_of_head = v.unflatten(-1, (-1, d_head)).repeat_interleave(z.shape[-1] // v.shape[-1], dim=1)
-        close(z, v_of_head.flatten(1))
+        v_BTHd = v.unflatten(-1, (-1, d_head)).repeat_interleave(z.shape[-1] // v.shape[-1], dim=2)
+        close(z, torch.einsum("bhqk,bkhd->bqhd", attentions[n], v_BTHd).flatten(2))
 
 
 @in_every_family
@@ -154,6 +161,8 @@ def test_attn_out_is_the_output_projection_of_z(family):
         block = block_of(model, n)
         if family == "gpt2":
             project = block.attn.c_proj
+        elif family == "gpt_neo":
+            project = block.attn.attention.out_proj
         elif family.startswith("gpt_neox"):
             project = block.attention.dense
         else:
@@ -167,7 +176,7 @@ def test_attn_out_is_the_output_projection_of_z(family):
 def mlp_by_hand(family, block, x):
     """(pre, post, out) of the MLP, from its weights."""
     mlp = block.mlp
-    if family == "gpt2":
+    if family in ("gpt2", "gpt_neo"):
         pre = affine(mlp.c_fc, x)
         post = functional.gelu(pre, approximate="tanh")
         return pre, post, affine(mlp.c_proj, post)
@@ -195,6 +204,19 @@ def test_mlp_sites_are_the_mlp_written_out(family):
 
 
 # --- names -----------------------------------------------------------------------------------
+
+
+@in_every_family
+def test_every_family_has_every_name_of_the_page(family):
+    page = (Path(__file__).parents[2] / "docs" / "sites.md").read_text()
+    names = re.findall(r"^\| `([\w.]*hook_\w+)` \|", page, re.MULTILINE)
+    assert len(names) == 15
+    if family in PARALLEL:
+        names.remove("blocks.N.hook_resid_mid")
+    in_block = [name.replace("blocks.N.", "blocks.1.") for name in names if ".N." in name]
+    found = site_names(shared_model(family))
+    assert [name for name in found if name.startswith("blocks.1.")] == in_block
+    assert [name for name in found if "blocks." not in name] == [name for name in names if ".N." not in name]
 
 
 def test_globs_and_braces_expand_in_forward_order():

@@ -18,8 +18,8 @@ from tiny_harvest import SITES, tiny_spec
 from tiny_models import FAMILIES, tiny_tokenizer
 
 import actcache
-from actcache.capture import load_lm
 from actcache.errors import ActcacheError, HarvestError, SpecError
+from actcache.lm import load_lm
 from actcache.store import open_store
 
 ARRAYS = ("token_id", "sequence", "position", "input_ids", "length")

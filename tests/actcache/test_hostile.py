@@ -26,6 +26,7 @@ from tiny_harvest import SITES
 
 import actcache
 from actcache.errors import ActcacheError, CorruptObject, FormatError
+from actcache.hub import dataset_card
 from actcache.manifest import manifest_key
 from actcache.shard import crc32c, decode_chunk
 from actcache.spec import canonical_json, digest
@@ -81,10 +82,7 @@ def resealed(value):
 def edited(template, path, new):
     """The manifest with the field at `path` set, resealed."""
     value = json.loads(template[MANIFEST])
-    at = value
-    for part in path[:-1]:
-        at = at[part]
-    at[path[-1]] = new
+    at_path(value, path[:-1])[path[-1]] = new
     return resealed(value)
 
 
@@ -94,14 +92,16 @@ def use(dataset):
         view = dataset.split(split)
         if view.n_rows:
             view.rows(slice(None))
+            view.documents(slice(None))
             view.sequences(slice(None))
             view.size_bytes()
         for site in dataset.sites:
             if dataset.manifest.sites[site].n_blocks[split]:
                 view.read(site, slice(None))
                 view.stats(site)
-                for _ in view.stream(site, batch_size=1024):
+                for _ in view.stream(site, batch_size=1024, where=actcache.Where(not_token_ids=[0])):
                     pass
+    dataset_card(dataset)
 
 
 WIDTH, BLOCKS = ("sites", SITES[0], "d_in"), ("splits", "train", "n_blocks")
@@ -244,6 +244,31 @@ def paths_of(value, at=()):
         yield from paths_of(inner, (*at, key))
 
 
+def read_as_before_or_refused(template, rows, manifest):
+    try:
+        dataset = placed("memory://hostile-mutated", template, **{MANIFEST: resealed(manifest)})
+        found = dataset.read(SITES[0], slice(None))
+        use(dataset)
+    except ActcacheError:
+        return
+    assert found.shape[1] == rows.shape[1]
+    assert np.array_equal(found, rows[: len(found)])
+
+
+def at_path(value, path):
+    for part in path:
+        value = value[part]
+    return value
+
+
+def test_a_manifest_without_any_one_of_its_fields_reads_the_same_or_is_refused(template, rows):
+    for path in paths_of(json.loads(template[MANIFEST])):
+        if path and path[0] != "provenance":
+            value = json.loads(template[MANIFEST])
+            del at_path(value, path[:-1])[path[-1]]
+            read_as_before_or_refused(template, rows, value)
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_a_mutated_manifest_reads_the_same_or_is_refused(template, rows, seed):
@@ -251,9 +276,7 @@ def test_a_mutated_manifest_reads_the_same_or_is_refused(template, rows, seed):
     value = json.loads(template[MANIFEST])
     for _ in range(rng.randint(1, 3)):
         path = rng.choice([p for p in paths_of(value) if p])
-        at = value
-        for part in path[:-1]:
-            at = at[part]
+        at = at_path(value, path[:-1])
         action = rng.choice(["set", "set", "remove", "rename"])
         if action == "set":
             at[path[-1]] = copy.deepcopy(rng.choice(VALUES))
@@ -261,14 +284,7 @@ def test_a_mutated_manifest_reads_the_same_or_is_refused(template, rows, seed):
             del at[path[-1]]
         else:
             at[rng.choice(["", "x", "train", "d_in", "../x"])] = at.pop(path[-1])
-    try:
-        dataset = placed("memory://hostile-mutated", template, **{MANIFEST: resealed(value)})
-        found = dataset.read(SITES[0], slice(None))
-        use(dataset)
-    except ActcacheError:
-        return
-    assert found.shape[1] == rows.shape[1]
-    assert np.array_equal(found, rows[: len(found)])
+    read_as_before_or_refused(template, rows, value)
 
 
 # Segments

@@ -5,6 +5,7 @@ import itertools
 import pytest
 from hooked_store import HookedStore
 from replayed import Recorded
+from watched import DictStore
 
 from actcache.driver import _write_metadata
 from actcache.layout import zarr_metadata
@@ -34,9 +35,7 @@ def versions(tmp_path_factory):
 def test_a_driver_that_is_overtaken_anywhere_never_shrinks_the_metadata(versions, dies):
     older, newer = versions
     for overtaken_at in itertools.count():
-        store = open_store(f"memory://races/{dies[:2]}/{overtaken_at}")
-        for key, data in older.items():
-            store.create(key, data)
+        store = DictStore(dict(older))
         operations = itertools.count()
 
         def before(verb, key, store=store, operations=operations, overtaken_at=overtaken_at):
@@ -62,9 +61,7 @@ def test_a_driver_that_is_overtaken_anywhere_never_shrinks_the_metadata(versions
 
 def test_an_overtaken_driver_that_lives_on_writes_the_newer_version(versions):
     older, newer = versions
-    store = open_store("memory://lives-on")
-    for key, data in older.items():
-        store.create(key, data)
+    store = DictStore(dict(older))
     swaps = itertools.count()
 
     def before(verb, key):

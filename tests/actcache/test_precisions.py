@@ -11,9 +11,10 @@ from tiny_models import save_tiny_lm, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import actcache
-from actcache.capture import load_lm, load_tokenizer, run_capture
+from actcache.capture import run_capture
 from actcache.codec import Precision, calibrate, decode, encode
 from actcache.errors import CorruptObject, SpecError
+from actcache.lm import load_lm, load_tokenizer
 from actcache.statistics import Statistics
 from actcache.store import LocalStore
 from actcache.verify import verify

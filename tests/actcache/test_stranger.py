@@ -302,6 +302,41 @@ def test_the_token_store_follows_from_the_text(tiny, directory):
         assert np.array_equal(copied, input_ids_ST[: len(copied)])
 
 
+def document_of(group, s, p, identity):
+    """Token store, Documents: number and own token of position p of sequence s."""
+    begins = group["document_begins"][s][: p + 1]
+    b = int(identity["bos_token_id"] is not None)
+    if not begins.sum():
+        return int(group["document"][s]), int(group["document_offset"][s]) + p - b
+    q = int(np.flatnonzero(begins)[-1])
+    return int(group["document"][s] + begins.sum()), p - q - b * (identity["packing"] == "isolated")
+
+
+@pytest.mark.parametrize("packing", ["concat", "isolated", "single"])
+def test_a_row_is_led_back_to_its_file_and_token_by_the_page(tmp_path, packing):
+    from transformers import AutoTokenizer
+
+    spec = tiny_spec(tmp_path, packing=packing, context_size=12, n_tokens=1, test_blocks=0)
+    dataset = actcache.harvest(spec, str(tmp_path / "root"), progress=False)
+    (store,) = (tmp_path / "root" / "tokens").iterdir()
+    manifest = newest_manifest(store)
+    tokenizer = AutoTokenizer.from_pretrained(spec.model)
+    for split in dataset.splits:
+        ours = dataset.split(split).documents(slice(None))
+        group = zarr.open_group(dataset.url, mode="r")[split]
+        stored = zarr.open_group(str(store), mode="r")[split]
+        for row in range(0, len(ours.document), 97):
+            s, p = int(group["sequence"][row]), int(group["position"][row])
+            d, o = document_of(group, s, p, manifest["identity"])
+            assert (d, o) == (ours.document[row], ours.offset[row])
+            file = manifest["files"][stored["document_file"][d]]
+            ids = tokenizer((tmp_path / "corpus" / file).read_text(), add_special_tokens=False)["input_ids"]
+            assert ids[o] == group["token_id"][row]
+            assert stored["document_record"][d] == 0
+            n_own = len(ids) + (packing == "concat")
+            assert stored["document_start"][d + 1] - stored["document_start"][d] == n_own
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_which_token_a_row_is_follows_from_the_tokens_alone(tiny, directory, split):
     token_id, sequence, position = token_rows(directory, split)
@@ -587,15 +622,15 @@ def arrays_match_the_page(dataset):
 
 
 def test_arrays_are_as_the_tables_of_the_page_say(tiny):
-    assert arrays_match_the_page(tiny[0]) == 3 * (5 + 2 * 3)
+    assert arrays_match_the_page(tiny[0]) == 3 * (8 + 2 * 3)
 
 
 def test_arrays_of_lossless_precisions_are_as_the_tables_of_the_page_say(lossless):
-    assert arrays_match_the_page(lossless) == 3 * (5 + 2)
+    assert arrays_match_the_page(lossless) == 3 * (8 + 2)
 
 
 def test_arrays_of_rotated_rows_are_as_the_tables_of_the_page_say(rotated):
-    assert arrays_match_the_page(rotated) == 3 * (5 + 2 * 4)
+    assert arrays_match_the_page(rotated) == 3 * (8 + 2 * 4)
 
 
 def test_the_attributes_are_those_of_the_page(directory):

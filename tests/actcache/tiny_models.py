@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
     PreTrainedTokenizerFast,
 )
 
@@ -32,6 +33,11 @@ _IDS = {"bos_token_id": 1, "eos_token_id": 2}
 # The sliding windows are shorter than the tests' sequences, so that they matter.
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"n_layer": N_BLOCKS, "n_embd": D_MODEL, "n_head": 4, "n_positions": 64}),
+    "gpt_neo": (
+        "gpt_neo",
+        {"num_layers": N_BLOCKS, "hidden_size": D_MODEL, "num_heads": 4, "max_position_embeddings": 64}
+        | {"attention_types": [[["global", "local", "global"], 1]], "window_size": 8},
+    ),
     "gpt_neox": ("gpt_neox", _SHAPE | {"max_position_embeddings": 64}),
     "gpt_neox_sequential": (
         "gpt_neox",
@@ -48,6 +54,12 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 FAMILIES = tuple(_CONFIGS)
 
+# Models without TransformerLens names here: their sites are module paths.
+_CONFIGS |= {
+    "bert": ("bert", _SHAPE | {"max_position_embeddings": 64}),
+    "mamba": ("mamba", {"num_hidden_layers": N_BLOCKS, "hidden_size": D_MODEL, "state_size": 8}),
+}
+
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     """Config of a 3-block model of the family, d_model 32; `overrides` go to the config."""
@@ -57,7 +69,8 @@ def tiny_config(family: str, **overrides: Any) -> Any:
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> Any:
     """A random model of the family in eval mode, float32; the same weights for the same seed."""
-    return _randomise(AutoModelForCausalLM.from_config(tiny_config(family, **overrides)), seed)
+    auto = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
+    return _randomise(auto.from_config(tiny_config(family, **overrides)), seed)
 
 
 @lru_cache

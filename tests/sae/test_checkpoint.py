@@ -18,8 +18,13 @@ import sae
 from actcache.errors import Conflict, CorruptObject, FormatError, StoreError
 from sae import checkpoint
 
-CONFIGS = [sae.TopK(d_sae=64, k=6), sae.BatchTopK(d_sae=64, k=6)]
-NAMES = ["topk-64-6", "batchtopk-64-6"]
+CONFIGS = [
+    sae.TopK(d_sae=64, k=6, optimiser=sae.Optimiser(ema_decay=0.9)),
+    sae.BatchTopK(d_sae=64, k=6),
+    sae.Matryoshka(d_sae=64, k=6, n_random_prefixes=3),  # draws at each step
+    sae.JumpReLU(d_sae=64, revive=sae.Resampling(every_rows=4000)),  # draws now and then
+]
+NAMES = ["topk-64-6", "batchtopk-64-6", "matryoshka-64-6", "jumprelu-64-1"]
 TRAINING = sae.Training(n_rows=20_000, seed=1, dead_after_rows=1500, checkpoint_every_rows=3000, log_every=3)
 
 
@@ -151,8 +156,13 @@ def test_other_settings_in_the_same_directory_are_named(straight: Path, tmp_path
     other = sae.Training(n_rows=20_000, seed=2, dead_after_rows=1500, checkpoint_every_rows=3000, log_every=3)
     with pytest.raises(Conflict, match=r"other settings \(training.seed: 1 -> 2\)"):
         sae.train(Breaking(_acts()), CONFIGS, other, out=straight)
-    with pytest.raises(Conflict, match=r"saes.topk-64-6.k_aux: None -> 7"):
-        sae.train(Breaking(_acts()), [sae.TopK(d_sae=64, k=6, k_aux=7), CONFIGS[1]], TRAINING, out=straight)
+    with pytest.raises(Conflict, match=r"saes.topk-64-6.revive.k_aux: None -> 7"):
+        sae.train(
+            Breaking(_acts()),
+            [sae.TopK(d_sae=64, k=6, revive=sae.AuxK(k_aux=7)), *CONFIGS[1:]],
+            TRAINING,
+            out=straight,
+        )
     with pytest.raises(Conflict, match=r"data.sites.activations.mean_norm"):
         sae.train(Breaking(2 * _acts()), CONFIGS, TRAINING, out=straight)
     with pytest.raises(Conflict, match="already holds a run and resume is off"):

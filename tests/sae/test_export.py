@@ -16,15 +16,22 @@ from sae.__main__ import main
 
 D, F, K = 16, 48, 4
 SITE = "blocks.2.hook_mlp_out"
+CONFIGS = [
+    sae.TopK(d_sae=F, k=K),
+    sae.BatchTopK(d_sae=F, k=K),
+    sae.Matryoshka(d_sae=F, k=K),
+    sae.Standard(d_sae=F, l1_coefficient=1),
+    sae.Gated(d_sae=F, l1_coefficient=1),
+    sae.JumpReLU(d_sae=F, l0_coefficient=1),
+]
+NAMES = ["topk-48-4", "batchtopk-48-4", "matryoshka-48-4", "standard-48-1", "gated-48-1", "jumprelu-48-1"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run")
     stream = sae.ArrayStream(_acts(), batch_size=200, site=SITE)
-    sae.train(
-        stream, [sae.TopK(d_sae=F, k=K), sae.BatchTopK(d_sae=F, k=K)], sae.Training(n_rows=10_000), out=out
-    )
+    sae.train(stream, CONFIGS, sae.Training(n_rows=10_000, lr=1e-3), out=out)
     return out
 
 
@@ -33,7 +40,7 @@ def _acts(n: int = 3000) -> np.ndarray:
     return 5 * rng.standard_t(5, (n, D)).astype(np.float32) @ rng.standard_normal((D, D)).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", ["topk-48-4", "batchtopk-48-4"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_saved_sae_loads_as_it_was(run: Path, tmp_path: Path, name: str) -> None:
     s = sae.load(run / name)
     s.save(tmp_path / "copy")
@@ -42,15 +49,12 @@ def test_a_saved_sae_loads_as_it_was(run: Path, tmp_path: Path, name: str) -> No
     assert again.cfg == s.cfg
     assert torch.equal(again.encode(_acts()), s.encode(_acts()))
     assert torch.equal(again(_acts()), s(_acts()))
-    assert {k: s.cfg[k] for k in ("d_in", "d_sae", "k", "site")} == {
-        "d_in": D,
-        "d_sae": F,
-        "k": K,
-        "site": SITE,
-    }
+    assert {k: s.cfg[k] for k in ("d_in", "d_sae", "site")} == {"d_in": D, "d_sae": F, "site": SITE}
+    assert s.cfg.get("k", K) == K
+    assert again.digest() == s.digest()
 
 
-@pytest.mark.parametrize("name", ["topk-48-4", "batchtopk-48-4"])
+@pytest.mark.parametrize("name", NAMES)
 def test_saelens_export_reloads_with_equal_values(run: Path, tmp_path: Path, name: str) -> None:
     s = sae.load(run / name)
     sae.export(s, "saelens", tmp_path, model_name="gpt2", context_size=128)
@@ -154,7 +158,11 @@ def test_saelens_jumprelu_and_standard_follow_their_formulas(tmp_path: Path, arc
 @pytest.mark.parametrize(
     ("architecture", "options", "message"),
     [
-        ("gated", {}, "holds a SAELens 'gated' SAE; this version reads topk, jumprelu, standard"),
+        (
+            "temporal",
+            {},
+            "holds a SAELens 'temporal' SAE; this version reads standard, topk, gated, jumprelu",
+        ),
         ("topk", {}, "lacks k"),
         ("topk", {"k": 4, "normalize_activations": "layer_norm"}, "normalize_activations to 'layer_norm'"),
         ("standard", {"reshape_activations": "hook_z"}, "reshape_activations to 'hook_z'"),
@@ -171,7 +179,9 @@ def test_what_can_not_be_represented_is_refused(
 
 
 def test_damaged_or_missing_directories_are_named(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"holds runs: batchtopk-48-4, topk-48-4\. Name one"):
+    with pytest.raises(
+        FileNotFoundError, match=r"holds runs: batchtopk-48-4, gated-48-1, .*, topk-48-4\. Name one"
+    ):
         sae.load(run)
     with pytest.raises(FileNotFoundError, match=r"has neither sae\.json nor a SAELens cfg\.json"):
         sae.load(tmp_path)
@@ -222,3 +232,31 @@ def test_every_training_option_has_a_help_text() -> None:
 def test_help_needs_neither_torch_nor_transformers() -> None:
     code = "import sys; from sae.__main__ import main; main(['--help']); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("subtract", [False, True])
+def test_saelens_gated_follows_its_formula_and_is_written_as_itself(tmp_path: Path, subtract: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    shapes = {"W_enc": (D, F), "b_gate": (F,), "b_mag": (F,), "r_mag": (F,), "W_dec": (F, D), "b_dec": (D,)}
+    w = {name: torch.randn(*shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()}
+    (tmp_path / "in").mkdir()
+    save_file(w, tmp_path / "in" / "sae_weights.safetensors")
+    cfg = {
+        "architecture": "gated",
+        "d_in": D,
+        "d_sae": F,
+        "dtype": "float64",
+        "apply_b_dec_to_input": subtract,
+    }
+    (tmp_path / "in" / "cfg.json").write_text(json.dumps(cfg))
+    x = torch.randn(50, D, generator=g, dtype=torch.float64)
+    centred = x - w["b_dec"] if subtract else x
+    gate = (centred @ w["W_enc"] + w["b_gate"] > 0).double()
+    wanted = gate * torch.relu(centred @ (w["W_enc"] * w["r_mag"].exp()) + w["b_mag"])
+    s = sae.load(tmp_path / "in")
+    assert (s.encode(x) - wanted).abs().max() < 1e-12
+    assert (s(x) - (wanted @ w["W_dec"] + w["b_dec"])).abs().max() < 1e-11
+    sae.export(s, "saelens", tmp_path / "out")
+    written = load_file(tmp_path / "out" / "sae_weights.safetensors")
+    assert {name: tuple(t.shape) for name, t in written.items()} == shapes  # and no b_enc
+    assert torch.equal(sae.load(tmp_path / "out").encode(x), s.encode(x))

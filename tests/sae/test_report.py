@@ -302,7 +302,7 @@ def test_command_writes_beside_the_run_and_names_an_unreachable_dataset(tmp_path
 
 
 def test_part_of_a_character_shows_as_a_replacement():
-    from actcache.capture import load_tokenizer
+    from actcache.lm import load_tokenizer
 
     tokenizer = load_tokenizer("bundled:stdlib-gpt2")
     texts = TokenTexts(tokenizer)

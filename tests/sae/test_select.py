@@ -6,6 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sae
+from sae.encoder import exact_values, pre_activations
 from sae.select import Entries, Scratch, largest_in_batch, largest_per_row
 
 SHAPES = st.tuples(
@@ -64,7 +66,7 @@ def test_positive_and_by_column_keep_every_entry_in_its_place(case: tuple[int, i
     entries = largest_per_row(_values(n, f, seed, coarse), min(k, f), Scratch())
     kept = entries.positive()
     assert _triples(kept) == [t for t in _triples(entries) if t[2] > 0]
-    order, starts = kept.by_column()
+    order, starts = kept.by_column
     for column in range(f):
         own = order[starts[column] : starts[column + 1]]
         assert (kept.columns[own] == column).all()
@@ -75,7 +77,7 @@ def test_positive_and_by_column_keep_every_entry_in_its_place(case: tuple[int, i
 def test_more_columns_than_sixteen_bits_are_grouped_rightly() -> None:
     x = torch.zeros(2, 70_000)
     x[0, 66_000], x[1, 464], x[1, 66_000] = 3.0, 2.0, 1.0  # 66,000 = 464 modulo 2^16
-    order, starts = largest_per_row(x, 2, Scratch()).positive().by_column()
+    order, starts = largest_per_row(x, 2, Scratch()).positive().by_column
     assert starts[465] - starts[464] == 1
     assert starts[66_001] - starts[66_000] == 2
     assert len(order) == 3
@@ -97,3 +99,37 @@ def test_scratch_serves_a_shorter_batch_from_the_same_memory(n: int) -> None:
     assert again.shape == (n, 5)
     assert again.data_ptr() == first.data_ptr()
     assert again.is_contiguous()
+
+
+def test_candidates_by_bfloat16_ranked_exactly_give_the_rows_that_float32_gives() -> None:
+    """Rounding alone reorders the k-th; eight more candidates and their true values mend it."""
+    g = torch.Generator().manual_seed(0)
+    x_ND, b_F = torch.randn(256, 48, generator=g), torch.randn(1536, generator=g) / 10
+    W_FD = torch.randn(1536, 48, generator=g) / 7
+    p = {"W_enc_FD": W_FD, "b_enc_F": b_F}
+    scratch = Scratch()
+    wanted = largest_per_row(torch.addmm(b_F, x_ND, W_FD.T), 16, Scratch())
+    rounded_NF = pre_activations(x_ND, p, "bfloat16", scratch)
+    assert rounded_NF.dtype == torch.bfloat16
+    found = largest_per_row(rounded_NF, 16, scratch, exact_values(x_ND, p))
+    assert np.array_equal(found.columns, wanted.columns)
+    assert np.abs(found.values - wanted.values).max() < 1e-5
+    by_rounded = largest_per_row(rounded_NF.float(), 16, Scratch())
+    assert not np.array_equal(by_rounded.columns, wanted.columns)
+
+
+def test_nan_survives_bfloat16_selection() -> None:
+    x_ND = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
+    x_ND[3, 0] = torch.nan
+    p = {"W_enc_FD": torch.randn(200, 12), "b_enc_F": torch.zeros(200)}
+    rounded_NF = pre_activations(x_ND, p, "bfloat16", Scratch())
+    entries = largest_per_row(rounded_NF, 4, Scratch(), exact_values(x_ND, p))
+    assert np.isnan(entries.values[entries.rows == 3]).all()
+    assert len(entries.values) == 32
+
+
+def test_bfloat16_selection_is_for_topk_alone() -> None:
+    training = sae.Training(n_rows=10, selection="bfloat16")
+    assert training.rules(sae.TopK(d_sae=8, k=2)).selection == "bfloat16"
+    with pytest.raises(ValueError, match="topk alone, but an SAE is batchtopk"):
+        training.rules(sae.BatchTopK(d_sae=8, k=2))

@@ -12,6 +12,7 @@ import torch
 
 import sae
 from actcache.errors import SpecError
+from sae.architectures import Architecture
 from sae.learner import geometric_median
 from sae.train import run_names
 
@@ -125,18 +126,38 @@ def lines_fvu(directory: Path) -> float:
 
 
 def test_the_learning_rate_rises_holds_and_falls() -> None:
-    training = sae.Training(n_rows=1000, lr_warmup_rows=100, lr_decay=0.2)
-    factors = {rows: training.lr_factor(rows, 10) for rows in (0, 40, 90, 500, 800, 900, 990)}
+    rules = sae.Training(n_rows=1000, lr_warmup_rows=100, lr_decay=0.2).rules(TOPK)
+    factors = {rows: rules.lr_factor(rows, 10) for rows in (0, 40, 90, 500, 800, 900, 990)}
     assert factors == pytest.approx({0: 0.1, 40: 0.5, 90: 1, 500: 1, 800: 1, 900: 0.5, 990: 0.05})
-    assert sae.Training(n_rows=1000, lr_warmup_rows=0, lr_decay=0).lr_factor(999, 1) == 1
+    flat = sae.Training(n_rows=1000, lr_warmup_rows=0, lr_decay=0, sparsity_warmup_rows=50).rules(TOPK)
+    assert flat.lr_factor(999, 1) == 1
+    assert [flat.sparsity_factor(rows, 10) for rows in (0, 30, 40, 900)] == pytest.approx([0.2, 0.8, 1, 1])
 
 
 def test_defaults_follow_the_sources() -> None:
     training = sae.Training(n_rows=10**9)
-    assert training.rules(2**14).lr == pytest.approx(2e-4)
-    assert training.rules(2**12).lr == pytest.approx(4e-4)
-    assert training.rules(64).dead_after_rows == 10_000_000
-    assert sae.Training(n_rows=2_000_000).rules(64).dead_after_rows == 200_000
+    assert training.rules(sae.TopK(d_sae=2**14, k=8)).lr == pytest.approx(2e-4)
+    assert training.rules(sae.TopK(d_sae=2**12, k=8)).lr == pytest.approx(4e-4)
+    assert training.rules(TOPK).dead_after_rows == 10_000_000
+    assert sae.Training(n_rows=2_000_000).rules(TOPK).dead_after_rows == 200_000
+    assert training.rules(TOPK).betas == (0.9, 0.999)
+    jump, gated, standard = (
+        sae.JumpReLU(d_sae=64),
+        sae.Gated(d_sae=64, l1_coefficient=1),
+        sae.Standard(d_sae=64, l1_coefficient=1),
+    )
+    assert (training.rules(jump).lr, training.rules(jump).betas) == (7e-5, (0.0, 0.999))
+    assert (training.rules(gated).lr, training.rules(gated).betas) == (5e-5, (0.0, 0.999))
+    assert (training.rules(standard).lr, training.rules(standard).betas) == (5e-5, (0.9, 0.999))
+    assert training.rules(standard).sparsity_warmup_rows == 10**9 // 20
+
+
+def test_an_saes_own_settings_come_before_the_runs_and_those_before_the_published_ones() -> None:
+    own = sae.JumpReLU(d_sae=64, optimiser=sae.Optimiser(lr=1e-2, lr_warmup_rows=7))
+    training = sae.Training(n_rows=1000, lr=1e-3, lr_decay=0.5)
+    rules = training.rules(own)
+    assert (rules.lr, rules.lr_warmup_rows, rules.lr_decay, rules.betas) == (1e-2, 7, 0.5, (0.0, 0.999))
+    assert training.rules(sae.JumpReLU(d_sae=64)).lr == 1e-3
 
 
 @pytest.mark.parametrize(
@@ -146,13 +167,68 @@ def test_defaults_follow_the_sources() -> None:
         ({"n_rows": 1, "lr": 0.0}, "lr is 0.0; it must be positive"),
         ({"n_rows": 1, "lr_decay": 2.0}, "lr_decay is 2.0"),
         ({"n_rows": 1, "step": "fast"}, "step is 'fast'; it must be one of sparse, dense"),
-        ({"n_rows": 1, "input_scale": "unit"}, "input_scale is 'unit'; it must be one of sqrt_d, none"),
+        (
+            {"n_rows": 1, "input_scale": "unity"},
+            "input_scale is 'unity'; it must be one of sqrt_d, unit, none",
+        ),
         ({"n_rows": 1, "betas": (0.9, 1.0)}, "betas are"),
     ],
 )
 def test_training_settings_that_make_no_sense_are_refused(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sae.Training(**values)
+
+
+ALL = [
+    sae.Standard(d_sae=64, l1_coefficient=0.5),
+    sae.Gated(d_sae=64, l1_coefficient=0.5),
+    sae.JumpReLU(d_sae=64),
+    TOPK,
+    BATCHTOPK,
+    sae.Matryoshka(d_sae=64, k=6),
+]
+
+
+@pytest.mark.parametrize("config", ALL, ids=lambda c: c.architecture)
+@pytest.mark.parametrize("scale", ["sqrt_d", "unit"])
+def test_training_goes_on_from_a_finished_sae_as_it_was(config: Architecture, scale: str) -> None:
+    """With a learning rate of almost nothing, what comes out is what went in, in raw units."""
+    settings = sae.Training(n_rows=2000, lr=1e-3, input_scale=scale)  # type: ignore[arg-type]
+    (s,) = sae.train(_stream(), config, settings)
+    (same,) = sae.train(_stream(), config, replace(settings, n_rows=1, lr=1e-12), start=s)
+    if config.learns_threshold_by_average:
+        assert 0.8 < same.threshold / s.threshold < 1.3  # the one step moved it by a tenth of the way
+        same.threshold = s.threshold
+    x = _acts(500, seed=1)
+    scaled = float(s(x).abs().max())
+    assert (same(x) - s(x)).abs().max() < 1e-5 * scaled
+    (more,) = sae.train(_stream(), config, settings, start=s)
+    assert _fvu(more, _acts()) < _fvu(s, _acts())
+
+
+def test_an_sae_of_another_shape_can_not_be_started_from() -> None:
+    (s,) = sae.train(_stream(), TOPK, sae.Training(n_rows=250))
+    with pytest.raises(
+        SpecError, match="start from is topk with d_in 20 and d_sae 64; wanted is topk .* d_sae 32"
+    ):
+        sae.train(_stream(), replace(TOPK, d_sae=32), sae.Training(n_rows=250), start=s)
+    with pytest.raises(SpecError, match="Gated starts from gated only"):
+        sae.train(_stream(), ALL[1], sae.Training(n_rows=250), start=s)
+
+
+def test_the_saved_weights_are_the_moving_average_that_was_asked_for() -> None:
+    def run(n_rows: int, **options: float) -> sae.SAE:
+        settings = sae.Training(n_rows=1000, lr=1e-2, lr_decay=0, lr_warmup_rows=0, **options)  # type: ignore[arg-type]
+        return sae.train(_stream(), replace(TOPK, revive=None), replace(settings, n_rows=n_rows))[0]
+
+    steps = [run(250 * i).W_enc for i in (1, 2, 3)]
+    start = run(250, ema_decay=0.9).W_enc - 0.1 * steps[0]  # 0.9 of the first weights
+    wanted = start
+    for W_enc in steps:
+        wanted = (wanted if W_enc is not steps[0] else start) * (
+            0.9 if W_enc is not steps[0] else 1
+        ) + 0.1 * W_enc
+    assert (run(750, ema_decay=0.9).W_enc - wanted).abs().max() < 1e-5
 
 
 def test_sites_are_checked_against_the_stream() -> None:
@@ -171,7 +247,7 @@ def test_names_are_unique_or_refused() -> None:
     assert run_names([a, BATCHTOPK]) == ["topk-64-6", "batchtopk-64-6"]
     assert run_names([a, b]) == ["topk-64-6-blocks.0.x", "topk-64-6-blocks.1.x"]
     with pytest.raises(ValueError, match=r"two SAEs would both be called topk-64-6-blocks\.0\.x"):
-        run_names([a, replace(a, k_aux=3)])
+        run_names([a, replace(a, revive=None)])
 
 
 def test_a_wrong_width_is_one_clear_line() -> None:
@@ -200,7 +276,7 @@ def test_a_loss_that_is_not_finite_names_step_sae_and_rows_and_keeps_the_checkpo
         sae.train(stream, [TOPK], training, out=tmp_path)
     message = str(caught.value)
     assert "the loss of topk-64-6 is" in message
-    assert "at step 5 (batch from row 1,000)" in message
+    assert "at step 5 (batch 4, rows 1,000 to 1,250)" in message
     assert "1 of its 250 rows hold inf or NaN, first row 17 of the batch" in message
     assert "The last checkpoint" in message
     assert "\n" not in message
@@ -348,3 +424,26 @@ def test_functions_are_not_hidden_by_the_modules_of_their_names() -> None:
     assert set(sae.__all__) <= set(dir(sae))
     with pytest.raises(AttributeError, match="module 'sae' has no attribute 'trian'"):
         sae.trian  # noqa: B018
+
+
+def test_the_command_line_makes_every_combination_that_makes_sense_and_refuses_the_rest() -> None:
+    import click
+
+    from sae.__main__ import _combinations
+
+    values = {"d_sae": (64, 128), "k": (4,), "target_l0": (8.0, 16.0), "k_aux": None, "bandwidth": 0.1}
+    found = _combinations(["a"], ("topk", "jumprelu"), None, values)
+    jump = [
+        sae.JumpReLU(d_sae=w, target_l0=t, bandwidth=0.1, site="a") for w in (64, 128) for t in (8.0, 16.0)
+    ]
+    assert found == [sae.TopK(d_sae=64, k=4, site="a"), sae.TopK(d_sae=128, k=4, site="a"), *jump]
+    (ghost,) = _combinations(
+        ["a"], ("topk",), "ghost", {"d_sae": (64,), "k": (4,), "scale_by_dead_share": True}
+    )
+    assert ghost.revive == sae.GhostGrads(scale_by_dead_share=True)
+    (bare,) = _combinations(["a"], ("topk",), "none", {"d_sae": (64,), "k": (4,)})
+    assert bare.revive is None
+    with pytest.raises(click.UsageError, match="--bandwidth: no architecture or --revive chosen here"):
+        _combinations(["a"], ("topk",), None, {"d_sae": (64,), "k": (4,), "bandwidth": 0.1})
+    with pytest.raises(click.UsageError, match="gated: Gated needs l1_coefficient; give a value"):
+        _combinations(["a"], ("gated",), None, {"d_sae": (64,)})

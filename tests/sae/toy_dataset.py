@@ -31,7 +31,7 @@ def tiny_gpt2(seed: int = 0, vocab_size: int = 64):
 
 
 def tiny_lm(seed: int = 0, vocab_size: int = 64):
-    from actcache.capture import LM
+    from actcache.lm import LM
 
     return LM(tiny_gpt2(seed, vocab_size), "tiny-gpt2", "0", "cpu", "float32")
 
@@ -73,7 +73,10 @@ class ToySplit:
 
     def sequences(self, index):
         return SimpleNamespace(
-            input_ids=self.input_ids[index], length=self.length[index], kept=self.kept[index]
+            input_ids=self.input_ids[index],
+            length=self.length[index],
+            kept=self.kept[index],
+            position_ids=None,
         )
 
 
