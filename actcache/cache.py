@@ -163,6 +163,7 @@ class CachedStore(Store):
     def __init__(self, store: Store, cache: Cache) -> None:
         super().__init__(store.url)
         self.store, self.cache = store, cache
+        self.concurrent_reads = store.concurrent_reads
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         if not _immutable(key):

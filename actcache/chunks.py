@@ -66,8 +66,14 @@ class ChunkReader:
         """One whole chunk, with the padding of a split's last one; not to be written to."""
         return self.fetch(Request(path, chunk, chunk + 1))[0]
 
-    def fetch(self, request: Request) -> list[np.ndarray]:
-        """The whole chunks of a request; not to be written to.
+    def read_into(self, path: str, chunk: int, out: np.ndarray) -> None:
+        """One whole chunk, into a contiguous array of its shape."""
+        found = self.fetch(Request(path, chunk, chunk + 1), out)[0]
+        if found is not out:  # a constant
+            out[...] = found
+
+    def fetch(self, request: Request, out: np.ndarray | None = None) -> list[np.ndarray]:
+        """The whole chunks of a request; not to be written to. A single chunk is decoded into `out` if given.
 
         Raises:
             CorruptObject: the object is missing, or truncated or damaged both times; names its key.
@@ -85,20 +91,19 @@ class ChunkReader:
         key = shard_key(table.path, shard, len(shape))
         where = f"{self.store.url}/{key}"
         data = self._read(key, start_C[0], stop_C[-1])
+        options = (shape, array["dtype"], where)
         chunks = []
         for start, stop, checksum in zip(start_C, stop_C, checksum_C, strict=True):
             payload = data[start - start_C[0] : stop - start_C[0]]
             try:
-                chunks.append(
-                    decode_chunk(payload, shape, array["dtype"], where, checksum, array["by_column"])
-                )
+                chunks.append(decode_chunk(payload, *options, checksum, array["by_column"], out))
             except CorruptObject:  # once more, in case it was the transfer
                 again = self._read(key, start, stop, again=True)
                 if len(again) != stop - start:
                     raise CorruptObject(
                         f"{where} holds {start + len(again)} bytes, wanted {stop} or more; it is truncated"
                     ) from None
-                chunks.append(decode_chunk(again, shape, array["dtype"], where, checksum, array["by_column"]))
+                chunks.append(decode_chunk(again, *options, checksum, array["by_column"], out))
         return chunks
 
     def _read(self, key: str, start: int, stop: int, again: bool = False) -> bytes:

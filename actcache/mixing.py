@@ -8,19 +8,17 @@ Shapes: N rows, K datasets, P rows in a period.
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import SpecError
-from .filters import Filter, Where
-from .order import DEFAULT_LANES, Order, Span, permutation
-from .output import Output
+from .order import Order, Span, permutation
 from .reader import Index
 from .spec import FORMAT
-from .stream import Batch, Rows, Stream
+from .stream import Batch, Rows, Stream, StreamOptions
 
 if TYPE_CHECKING:
     from .reader import Dataset
@@ -91,34 +89,26 @@ def mix(
     parts: Sequence[tuple["Dataset", float]],
     sites: Sequence[str] | str | None = None,
     *,
-    batch_size: int = 4096,
-    seed: int = 0,
-    epochs: int = 1,
-    rank: int = 0,
-    world_size: int = 1,
     state: Mapping[str, Any] | None = None,
-    lanes: int = DEFAULT_LANES,
-    window: int | None = None,
-    metadata: bool = True,
-    where: Where | None = None,
-    dtype: Any = "float32",
-    device: Any = None,
-    centre: bool = False,
-    unit_norm: bool = False,
+    **options: Any,
 ) -> "MixedStream":
     """Shuffled batches of several datasets' rows, in the proportions of their weights.
 
     It ends before the first row that some dataset would have to serve in pass `epochs` + 1; until then
-    each dataset serves its rows in its own order, none twice in a pass. Other options are those of
-    `Dataset.stream`. `centre` and `unit_norm` use the weighted statistics of all.
+    each dataset serves its rows in its own order, none twice in a pass. `options` are those of
+    `Dataset.stream` without `drop_last`. `prefetch_bytes` holds for each dataset; `centre` and `unit_norm`
+    use the weighted statistics of all.
 
     Raises:
         SpecError: bad weights, sites that some dataset lacks or that differ in width, or a state of
             another mix.
     """
+    asked = StreamOptions(**options)
+    if asked.drop_last:
+        raise SpecError("a mix has no drop_last; its last batch is short, leave that one out")
     datasets = [dataset for dataset, _ in parts]
-    schedule = Schedule([weight for _, weight in parts], seed)
-    chosen = [sites] if isinstance(sites, str) else list(sites or datasets[0].sites)
+    schedule = Schedule([weight for _, weight in parts], asked.seed)
+    chosen = datasets[0]._chosen(sites)
     for site in chosen:
         widths = {dataset.url: dataset.d_in(site) for dataset in datasets}
         if len(set(widths.values())) > 1:
@@ -128,23 +118,10 @@ def mix(
     def train_stats(site: str) -> dict[str, Any]:
         return _mixed_stats([d.split("train").stats(site) for d in datasets], share_K)
 
-    windows = _windows(state, len(datasets), window)
+    windows = _windows(state, len(datasets), asked.window)
     streams = [
-        _MixPart(
-            dataset,
-            chosen,
-            batch_size,
-            seed,
-            epochs,
-            rank,
-            world_size,
-            None,
-            lanes,
-            windows[i],
-            Output(dataset, chosen, metadata, dtype, device, centre, unit_norm, train_stats),
-            None if where is None else Filter(where, dataset, chosen),
-        )
-        for i, dataset in enumerate(datasets)
+        _MixPart(dataset, chosen, replace(asked, window=window), train_stats=train_stats)
+        for dataset, window in zip(datasets, windows, strict=True)
     ]
     return MixedStream(streams, schedule, state)
 
@@ -173,8 +150,8 @@ class _MixPart(Stream):
         self._epoch, self._row = divmod(position, self.n_rows)
         self._bounds, self._bound = bounds, next(bounds, None)
 
-    def _ends(self, row: int) -> Iterator[int]:
-        start = self._epoch * self.n_rows
+    def _ends(self, epoch: int, row: int) -> Iterator[int]:
+        start = epoch * self.n_rows
         while self._bound is not None and self._bound < start + self.n_rows:
             if self._bound > start + row:
                 row = self._bound - start
@@ -362,48 +339,27 @@ class Zipped:
         self,
         sites: Sequence[str] | str | None = None,
         *,
-        batch_size: int = 4096,
-        seed: int = 0,
-        epochs: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
         state: Mapping[str, Any] | None = None,
-        lanes: int = DEFAULT_LANES,
-        window: int | None = None,
-        metadata: bool = True,
-        where: Where | None = None,
-        drop_last: bool = False,
-        dtype: Any = "float32",
-        device: Any = None,
-        centre: bool = False,
-        unit_norm: bool = False,
+        **options: Any,
     ) -> "ZippedStream":
-        """As `Dataset.stream`; `batch["NAME/SITE"]` of all of them are of the same tokens.
+        """As `Dataset.stream`, with its options; `batch["NAME/SITE"]` of all of them are of the same tokens.
 
-        A `where` on tokens or sequences holds for all; one on norms is refused.
+        A `where` on tokens or sequences holds for all; one on norms is refused. `prefetch_bytes` holds for
+        each dataset.
         """
+        asked = StreamOptions(**options)
         chosen: dict[str, list[str]] = {}
         for site in [sites] if isinstance(sites, str) else list(sites or self.sites):
             name, inner = self._parse(site)
             chosen.setdefault(name, []).append(inner)
-        if where is not None and where.on_norm:
+        if asked.where is not None and asked.where.on_norm:
             raise SpecError("a condition on norms would leave other rows out of each aligned dataset")
-        windows = _windows(state, len(chosen), window)
+        windows = _windows(state, len(chosen), asked.window)
         streams = {
             name: _ZipPart(
                 self.datasets[name],
                 inner,
-                batch_size,
-                seed,
-                epochs,
-                rank,
-                world_size,
-                None,
-                lanes,
-                windows[i],
-                Output(self.datasets[name], inner, metadata and not i, dtype, device, centre, unit_norm),
-                None if where is None else Filter(where, self.datasets[name], inner),
-                drop_last,
+                replace(asked, window=windows[i], metadata=asked.metadata and not i),
             )
             for i, (name, inner) in enumerate(chosen.items())
         }
@@ -421,9 +377,9 @@ class _ZipPart(Stream):
         return _SplitOrder(
             self.n_rows,
             self._order_chunk_rows,
-            self.seed,
+            self.options.seed,
             epoch,
-            self.lanes,
+            self.options.lanes,
             self.window,
             stored_chunk_rows=self._chunk_rows,
         )
@@ -435,8 +391,8 @@ class _SplitOrder(Order):
 
     stored_chunk_rows: int
 
-    def lane_windows(self, lane: int) -> list[list[Span]]:
-        return [[s for span in window for s in self._split(span)] for window in super().lane_windows(lane)]
+    def _stored(self, spans: list[Span]) -> list[Span]:
+        return [part for span in spans for part in self._split(span)]
 
     def _split(self, span: Span) -> Iterator[Span]:
         size = self.stored_chunk_rows

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _DTYPES = ("float32", "float16", "bfloat16")
 _METADATA = ("token_id", "sequence", "position")
 _FLOAT16_MAX = 65504.0
+TrainStats = Callable[[str], Mapping[str, Any]]
+"""Statistics of a site, as `Dataset.stats` gives them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +66,7 @@ class Output:
         device: Any = None,
         centre: bool = False,
         unit_norm: bool = False,
-        train_stats: Callable[[str], Mapping[str, Any]] | None = None,
+        train_stats: TrainStats | None = None,
     ) -> None:
         self.sites, self.metadata, self._dataset = sites, metadata, dataset
         self.dtype = _dtype_name(dtype)

@@ -20,7 +20,7 @@ from .chunks import ChunkReader, Request
 from .codec import Calibration, Precision, decode
 from .corpus import TokenStore, kept_tokens, open_tokens
 from .errors import CorruptObject, ForkedProcess, FormatError, NotADataset, SpecError
-from .filters import Filter, Where
+from .filters import Where
 from .layout import array_layout, n_shards, read_calibration, site_rows
 from .manifest import (
     OBJECTS,
@@ -34,12 +34,11 @@ from .manifest import (
     statistics_of,
 )
 from .order import DEFAULT_LANES
-from .output import Output
 from .packing import document_places, position_ids
 from .spec import digest, nearest
 from .statistics import merge
 from .store import Store, open_store
-from .stream import Rows, Stream
+from .stream import Rows, Stream, StreamOptions
 
 Index = slice | Sequence[int] | np.ndarray | int
 Places = slice | np.ndarray
@@ -395,8 +394,10 @@ class Dataset:
         rank: int = 0,
         world_size: int = 1,
         state: Mapping[str, Any] | None = None,
+        split: str | None = None,
         lanes: int = DEFAULT_LANES,
         window: int | None = None,
+        prefetch_bytes: int | None = None,
         metadata: bool = True,
         where: Where | None = None,
         drop_last: bool = False,
@@ -414,7 +415,10 @@ class Dataset:
             epochs: passes over the split, each in another order.
             rank, world_size: serves global rows g with g % world_size == rank; world_size divides `lanes`.
             state: of `Stream.state()`, from any rank and world size: continue after that batch.
-            lanes, window: see docs/format.md, "Reading order"; memory is lanes * window chunks a site.
+            split: another split than this one.
+            lanes, window: see docs/format.md, "Reading order".
+            prefetch_bytes: the most memory for what is read ahead. At least a window of each lane of the rank:
+                lanes / world_size * window chunks of each site; by default twice that, a next window each.
             metadata: also fetch token_id, sequence and position.
             where: serve only the rows that meet these conditions; batches shrink and are not refilled.
             drop_last: leave out the short batch that ends an epoch.
@@ -426,25 +430,30 @@ class Dataset:
         Raises:
             SpecError: unknown site, bad sizes, or a state of another dataset or order.
         """
-        chosen = [sites] if isinstance(sites, str) else list(sites or self.sites)
-        for site in chosen:
-            self._checked(site)
-        _ = self._tables  # as in `_row_index`
-        return Stream(
-            self,
-            chosen,
-            batch_size,
-            seed,
-            epochs,
-            rank,
-            world_size,
-            state,
-            lanes,
-            window,
-            Output(self, chosen, metadata, dtype, device, centre, unit_norm),
-            None if where is None else Filter(where, self, chosen),
-            drop_last,
+        dataset = self if split is None else self.split(split)
+        options = StreamOptions(
+            batch_size=batch_size,
+            seed=seed,
+            epochs=epochs,
+            rank=rank,
+            world_size=world_size,
+            lanes=lanes,
+            window=window,
+            prefetch_bytes=prefetch_bytes,
+            metadata=metadata,
+            where=where,
+            drop_last=drop_last,
+            dtype=dtype,
+            device=device,
+            centre=centre,
+            unit_norm=unit_norm,
         )
+        _ = dataset._tables  # as in `_row_index`
+        return Stream(dataset, dataset._chosen(sites), options, state)
+
+    def _chosen(self, sites: Sequence[str] | str | None) -> list[str]:
+        """The sites meant: all by default."""
+        return [self._checked(site) for site in ([sites] if isinstance(sites, str) else sites or self.sites)]
 
     def _checked(self, site: str) -> str:
         if site not in self.manifest.sites:

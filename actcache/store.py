@@ -58,6 +58,9 @@ class Store(ABC):
     `open_store` picks the subclass; `create`, `read`, `listing`, `swap` and `delete` behave alike.
     """
 
+    concurrent_reads = 32
+    """How many reads at once are worth their threads: many hide a network's latency."""
+
     def __init__(self, url: str) -> None:
         self.url = url
 
@@ -174,8 +177,15 @@ def _retry_of(storage_options: Mapping[str, Any] | None) -> Retry:
         ) from None
 
 
+def _cpus() -> int:
+    """CPUs that this process may use; macOS does not say which, only how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class LocalStore(Store):
     """A directory on a local (or shared POSIX) file system with hard links."""
+
+    concurrent_reads = min(8, _cpus())  # decoding is what they wait for
 
     def __init__(self, root: Path, retry: Retry | None = None) -> None:
         self.root = root.absolute()
@@ -429,6 +439,8 @@ class ObjectStore(Store):
 
 class MemoryStore(ObjectStore):
     """fsspec's `memory://`, shared by the threads of a process. Its exclusive create lets two writers win."""
+
+    concurrent_reads = LocalStore.concurrent_reads
 
     def _put(self, path: str, data: bytes, condition: str | None) -> bool:
         with _memory_lock:

@@ -1,27 +1,26 @@
 """Streams: shuffled batches of aligned sites, each row once an epoch, with an exact cursor.
 
 The order is `actcache.order.Order`; it depends on neither world size nor prefetching. Windows hold
-codes as stored, and rows are decoded when they are served. Specified in docs/format.md, "Reading
-order".
-Shapes: N rows, D = d_in, L lanes, P positions of a lane.
+codes as stored (`actcache.windows`), and rows are decoded when they are served. Specified in
+docs/format.md, "Reading order".
+Shapes: N rows, D = d_in.
 """
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import SpecError
-from .filters import Filter
-from .order import Order, Span, default_window
-from .output import Output
+from .filters import Filter, Where
+from .order import DEFAULT_LANES, Order, default_window
+from .output import Output, TrainStats
+from .windows import Windows
 
 if TYPE_CHECKING:
     from .reader import Dataset
-
-_READ_THREADS = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,20 +71,41 @@ class Batch(Mapping[str, np.ndarray]):
         return self._rows
 
 
-@dataclass
-class _Lane:
-    """Where one lane stands: its current window and the next one on its way."""
+@dataclass(frozen=True, kw_only=True)
+class StreamOptions:
+    """The options of `Dataset.stream`, which describes them; a mix and aligned datasets take the same."""
 
-    number: int
-    slot: int
-    """Where the current window lies in the pool."""
-    windows: list[list[Span]]
-    next_window: int
-    start: int
-    """Lane position of the current window's first row."""
-    stop: int
-    coming: Future[int] | None
-    """The slot of the next window, once it is loaded."""
+    batch_size: int = 4096
+    seed: int = 0
+    epochs: int = 1
+    rank: int = 0
+    world_size: int = 1
+    lanes: int = DEFAULT_LANES
+    window: int | None = None
+    prefetch_bytes: int | None = None
+    metadata: bool = True
+    where: Where | None = None
+    drop_last: bool = False
+    dtype: Any = "float32"
+    device: Any = None
+    centre: bool = False
+    unit_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.epochs < 1:
+            raise SpecError(
+                f"batch_size is {self.batch_size} and epochs {self.epochs}; both must be at least 1"
+            )
+        if (
+            self.lanes < 1
+            or self.world_size < 1
+            or self.lanes % self.world_size
+            or not 0 <= self.rank < self.world_size
+        ):
+            raise SpecError(
+                f"rank {self.rank} of world_size {self.world_size} with {self.lanes} lanes: world_size must divide "
+                "lanes, and rank lie below it"
+            )
 
 
 class Stream:
@@ -99,42 +119,37 @@ class Stream:
         self,
         dataset: "Dataset",
         sites: list[str],
-        batch_size: int,
-        seed: int,
-        epochs: int,
-        rank: int,
-        world_size: int,
-        state: Mapping[str, Any] | None,
-        lanes: int,
-        window: int | None,
-        output: Output,
-        row_filter: Filter | None = None,
-        drop_last: bool = False,
+        options: StreamOptions,
+        state: Mapping[str, Any] | None = None,
+        train_stats: TrainStats | None = None,
     ) -> None:
+        """`train_stats`: what to centre and scale by, if not the dataset's own."""
         identity = dataset.manifest.identity
-        if batch_size < 1 or epochs < 1:
-            raise SpecError(f"batch_size is {batch_size} and epochs {epochs}; both must be at least 1")
-        if lanes < 1 or world_size < 1 or lanes % world_size or not 0 <= rank < world_size:
-            raise SpecError(
-                f"rank {rank} of world_size {world_size} with {lanes} lanes: world_size must divide lanes, "
-                "and rank lie below it"
-            )
-        self.dataset, self.sites, self.batch_size, self.epochs = dataset, sites, batch_size, epochs
-        self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
-        self._output, self._filter = output, row_filter
-        self.seed, self.lanes = seed, lanes
+        self.dataset, self.sites, self.options = dataset, sites, options
+        self.batch_size, self.epochs = options.batch_size, options.epochs
+        self._output = Output(
+            dataset,
+            sites,
+            options.metadata,
+            options.dtype,
+            options.device,
+            options.centre,
+            options.unit_norm,
+            train_stats,
+        )
+        self._filter = None if options.where is None else Filter(options.where, dataset, sites)
         self.n_rows = min(dataset._site_rows(site) for site in sites)
         if not self.n_rows:
             raise SpecError(
                 f"{dataset.url} holds no rows of {', '.join(sites)} in split {dataset.split_name}"
             )
-        if drop_last and batch_size > self.n_rows:
+        if options.drop_last and self.batch_size > self.n_rows:
             raise SpecError(
-                f"drop_last with batch_size {batch_size} serves nothing: there are {self.n_rows} rows; "
+                f"drop_last with batch_size {self.batch_size} serves nothing: there are {self.n_rows} rows; "
                 "take a smaller batch"
             )
-        self.window = window or default_window(
-            batch_size, lanes, identity["tokens"]["context_size"], identity["block_rows"]
+        self.window = options.window or default_window(
+            self.batch_size, options.lanes, identity["tokens"]["context_size"], identity["block_rows"]
         )
         self._chunk_rows = identity["chunk_rows"]
         self._epoch, self._row = 0, 0
@@ -143,8 +158,8 @@ class Stream:
         self._names = [f"{site}/codes" for site in sites]
         if dataset._shared.precision.quantised:
             self._names += [f"{site}/scale" for site in sites]
-        by_row = ["token_id", "sequence", "position"] if output.metadata else []
-        self._names += by_row or (row_filter.arrays if row_filter else [])
+        by_row = ["token_id", "sequence", "position"] if options.metadata else []
+        self._names += by_row or (self._filter.arrays if self._filter else [])
 
     @property
     def dataset_url(self) -> str:
@@ -161,42 +176,73 @@ class Stream:
     def __len__(self) -> int:
         """Batches in all epochs."""
         whole, rest = divmod(self.n_rows, self.batch_size)
-        return self.epochs * (whole + (rest > 0 and not self.drop_last))
+        return self.epochs * (whole + (rest > 0 and not self.options.drop_last))
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from where the stream stands to the end of the last epoch."""
-        while self._epoch < self.epochs:
-            self.dataset._shared.check_process()
-            reader = _EpochReader(self, self._order(self._epoch), self._row // self.lanes)
+        self.dataset._shared.check_process()
+        steps = self._steps()
+        step = next(steps, None)
+        if step is not None:
+            windows = self._windows(step)
+            gatherer = ThreadPoolExecutor(1, thread_name_prefix="actcache-gather")
             try:
-                yield from self._epoch_batches(reader)
+                coming = gatherer.submit(self._stage, windows, step)
+                while step is not None:
+                    self.dataset._shared.check_process()
+                    acts, rows = self._output.finish(coming.result())
+                    after = next(steps, None)
+                    if after is not None:  # made while this one is used
+                        coming = gatherer.submit(self._stage, windows, after)
+                    same_epoch = after is not None and after.epoch == step.epoch
+                    self._epoch, self._row = (step.epoch, step.end) if same_epoch else (step.epoch + 1, 0)
+                    step = after
+                    yield Batch(acts, None if rows is None else Rows(**rows))
             finally:
-                reader.close()
-
-    def _epoch_batches(self, reader: "_EpochReader") -> Iterator[Batch]:
-        """The rest of the epoch, each batch sent for while the one before it is used."""
-        ends = self._ends(self._row)
-        stop = next(ends, None)
-        coming = None if stop is None else reader.send_for(self._row, stop)
-        while coming is not None and stop is not None:
-            self.dataset._shared.check_process()
-            acts, rows = self._output.finish(coming.result())
-            after = next(ends, None)
-            coming = None if after is None else reader.send_for(stop, after)
-            self._epoch, self._row = (self._epoch + 1, 0) if after is None else (self._epoch, stop)
-            stop = after
-            yield Batch(acts, None if rows is None else Rows(**rows))
+                windows.close()
+                gatherer.shutdown()
         if self._row:  # resumed where no whole batch is left
             self._epoch, self._row = self._epoch + 1, 0
 
-    def _ends(self, row: int) -> Iterator[int]:
+    def _steps(self) -> Iterator["_Step"]:
+        """The batches from here to the end of the last epoch."""
+        row = self._row
+        for epoch in range(self._epoch, self.epochs):
+            for end in self._ends(epoch, row):
+                yield _Step(epoch, row, end)
+                row = end
+            row = 0
+
+    def _ends(self, epoch: int, row: int) -> Iterator[int]:
         """Where the batches of the rest of an epoch end, the first of which begins at `row`."""
         yield from range(row + self.batch_size, self.n_rows + 1, self.batch_size)
-        if not self.drop_last and (self.n_rows - row) % self.batch_size:
+        if not self.options.drop_last and (self.n_rows - row) % self.batch_size:
             yield self.n_rows
 
+    def _windows(self, step: "_Step") -> Windows:
+        """What reads ahead from the batch `step` on."""
+        options = self.options
+        return Windows(
+            self.dataset._chunks,
+            self._names,
+            self._order,
+            self.epochs,
+            range(options.rank, options.lanes, options.world_size),
+            (step.epoch, step.begin // options.lanes),
+            options.prefetch_bytes,
+            self.dataset._shared.store.concurrent_reads,
+        )
+
+    def _stage(self, windows: Windows, step: "_Step") -> dict[str, Any]:
+        """This rank's rows of a batch, as far as a background thread can make them."""
+        parts = windows.gather(step.epoch, step.begin, step.end)
+        if self._filter is not None:
+            parts = self._filter.apply(parts)
+        return self._output.stage(parts)
+
     def _order(self, epoch: int) -> Order:
-        return Order(self.n_rows, self._chunk_rows, self.seed, epoch, self.lanes, self.window)
+        options = self.options
+        return Order(self.n_rows, self._chunk_rows, options.seed, epoch, options.lanes, self.window)
 
     def _order_id(self) -> dict[str, Any]:
         return {
@@ -205,8 +251,8 @@ class Stream:
             "version": self.dataset.manifest.version,
             "split": self.dataset.split_name,
             "n_rows": self.n_rows,
-            "seed": self.seed,
-            "lanes": self.lanes,
+            "seed": self.options.seed,
+            "lanes": self.options.lanes,
             "window": self.window,
             "where": self._filter.digest if self._filter else None,
         }
@@ -231,117 +277,10 @@ class Stream:
         self._epoch, self._row = epoch, row
 
 
-class _EpochReader:
-    """The windows of one epoch's lanes: codes and metadata, in slots of one pool.
+@dataclass(frozen=True)
+class _Step:
+    """One batch: the global rows [begin, end) of an epoch."""
 
-    A lane reads from one slot while its next window is loaded into another. Loading and decoding
-    happen in `_READ_THREADS` threads, the gathering of the next batch in one more.
-    """
-
-    def __init__(self, stream: Stream, order: Order, position: int) -> None:
-        self.stream, self.order = stream, order
-        layout = stream.dataset._layout
-        numbers = range(stream.rank, stream.lanes, stream.world_size)
-        windows = [order.lane_windows(number) for number in numbers]
-        self.slot_rows = max((_length(spans) for lane in windows for spans in lane), default=0)
-        shape = (2 * len(windows), self.slot_rows)
-        self.data = {
-            name: np.empty((*shape, *layout[name]["row"]), layout[name]["dtype"]) for name in stream._names
-        }
-        self.free = list(range(len(windows), 2 * len(windows)))
-        self.readers = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="actcache-read")
-        self.gatherer = ThreadPoolExecutor(1, thread_name_prefix="actcache-gather")
-        self.lanes = [
-            _lane_at(number, slot, lane, position)
-            for slot, (number, lane) in enumerate(zip(numbers, windows, strict=True))
-        ]
-        for lane in self.lanes:
-            self._send_for(lane, lane.slot)
-        for lane in self.lanes:
-            self._next_window(lane)
-
-    def close(self) -> None:
-        """End the threads; what they were doing is dropped."""
-        self.gatherer.shutdown(cancel_futures=True)
-        self.readers.shutdown(cancel_futures=True)
-
-    def send_for(self, begin: int, end: int) -> Future[dict[str, Any]]:
-        """This rank's rows among global rows [begin, end), gathered in the background."""
-        return self.gatherer.submit(self._take, begin, end)
-
-    def _take(self, begin: int, end: int) -> dict[str, Any]:
-        n_lanes = self.stream.lanes
-        first, last = begin // n_lanes, -(-end // n_lanes)
-        parts: list[dict[str, np.ndarray]] = []
-        position = first
-        while position < last:
-            for lane in self.lanes:
-                if position >= lane.stop:
-                    self._next_window(lane)
-            stop = min([last, *(lane.stop for lane in self.lanes if lane.stop > position)])
-            parts.append(self._gather(position, stop, begin, end))
-            position = stop
-        joined = (
-            {name: np.concatenate([p[name] for p in parts]) for name in self.data}
-            if len(parts) > 1
-            else parts[0]
-        )
-        if self.stream._filter is not None:
-            joined = self.stream._filter.apply(joined)
-        return self.stream._output.stage(joined)
-
-    def _gather(self, position: int, stop: int, begin: int, end: int) -> dict[str, np.ndarray]:
-        """Lane positions [position, stop) of every lane, cut to the global rows [begin, end)."""
-        start_L, slot_L, number_L = np.array([(lane.start, lane.slot, lane.number) for lane in self.lanes]).T
-        position_P = np.arange(position, stop)[:, None]
-        within_PL = position_P - start_L
-        np.clip(within_PL, 0, self.slot_rows - 1, out=within_PL)  # lanes that have ended are cut below
-        index = (within_PL + slot_L * self.slot_rows).ravel()
-        row = (position_P * self.stream.lanes + number_L).ravel()
-        if row[0] < begin or row[-1] >= end:
-            index = index[(row >= begin) & (row < end)]
-        return {
-            name: pool.reshape(-1, *pool.shape[2:]).take(index, axis=0) for name, pool in self.data.items()
-        }
-
-    def _next_window(self, lane: _Lane) -> None:
-        """Let the lane serve the window that was sent for, and send for the one after it."""
-        if lane.coming is None:
-            return
-        slot = lane.coming.result()
-        if slot != lane.slot:
-            self.free.append(lane.slot)
-        lane.slot, lane.start = slot, lane.stop
-        lane.stop += _length(lane.windows[lane.next_window])
-        lane.next_window += 1
-        lane.coming = None
-        if lane.next_window < len(lane.windows):
-            self._send_for(lane, self.free.pop())
-
-    def _send_for(self, lane: _Lane, slot: int) -> None:
-        if lane.next_window < len(lane.windows):
-            lane.coming = self.readers.submit(self._load, lane, lane.next_window, slot)
-
-    def _load(self, lane: _Lane, window: int, slot: int) -> int:
-        """Fill a slot with a window's rows in the order in which they are served."""
-        spans = lane.windows[window]
-        n = _length(spans)
-        permutation = self.order.window_permutation(lane.number, window, n)
-        read = self.stream.dataset._chunks.read
-        for name, pool in self.data.items():
-            rows = np.concatenate([read(name, span.chunk)[span.start : span.stop] for span in spans])
-            rows.take(permutation, axis=0, out=pool[slot, :n], mode="clip")  # "raise" would copy twice
-        return slot
-
-
-def _lane_at(number: int, slot: int, windows: list[list[Span]], position: int) -> _Lane:
-    """The lane just before the window that holds lane position `position`."""
-    start, window = 0, 0
-    while window < len(windows) and position >= start + _length(windows[window]):
-        start += _length(windows[window])
-        window += 1
-    return _Lane(number, slot, windows, window, start, start, None)
-
-
-def _length(spans: list[Span]) -> int:
-    return sum(span.stop - span.start for span in spans)
+    epoch: int
+    begin: int
+    end: int
