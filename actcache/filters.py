@@ -1,4 +1,4 @@
-"""Which rows a stream serves: conditions on norm, token and sequence.
+"""Which rows a stream serves: conditions on norm, token, sequence and document.
 
 They mask rows after the order is fixed: batches shrink and are never refilled, so a filter moves no
 other row and a stream resumes as before. The state carries the filter's digest.
@@ -6,7 +6,7 @@ Specified in docs/format.md, "Reading order".
 Shapes: N rows, D = d_in.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,10 @@ class Where:
     """Only rows of these sequences."""
     not_sequences: Collection[int] | None = None
     """No rows of these sequences."""
+    documents: Collection[int] | None = None
+    """Only rows of these documents of the split, numbered as `ds.documents` numbers them."""
+    not_documents: Collection[int] | None = None
+    """No rows of these documents."""
 
     def __post_init__(self) -> None:
         if all(getattr(self, name) is None for name in self.__dataclass_fields__):
@@ -66,26 +70,68 @@ class Filter:
             )
             if getattr(where, name) is not None
         ]
+        self._documents: _Documents | None = None
+        by_document = [
+            (_sorted_set(getattr(where, name), name, None, dataset.url), wanted)
+            for name, wanted in (("documents", True), ("not_documents", False))
+            if getattr(where, name) is not None
+        ]
+        if by_document:
+            self._documents = _Documents(dataset, by_document)
         self.digest = digest(
             {
                 "max_norm": self._max_norm,
-                "sets": [[array, wanted, members.tolist()] for array, members, wanted in self._sets],
+                "sets": [[array, wanted, members.tolist()] for array, members, wanted in self._sets]
+                + [["document", wanted, members.tolist()] for members, wanted in by_document],
             }
         )
 
     @property
     def arrays(self) -> list[str]:
         """Arrays by row that it looks at."""
-        return [name for name in _BY_ROW if any(array == name for array, _, _ in self._sets)]
+        used = {array for array, _, _ in self._sets} | (
+            {"sequence", "position"} if self._documents else set()
+        )
+        return [name for name in _BY_ROW if name in used]
 
     def apply(self, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The rows that pass, of arrays gathered for a batch."""
         rows = np.arange(len(next(iter(parts.values()))))
         for array, members, wanted in self._sets:
             rows = rows[_isin(parts[array][rows], members) == wanted]
+        if self._documents is not None:
+            rows = rows[self._documents.pass_N(parts["sequence"][rows], parts["position"][rows])]
         for site, largest in self._max_norm.items():
             rows = rows[_norms(parts, site, rows, self._shared) <= largest]
         return {name: part[rows] for name, part in parts.items()}
+
+
+class _Documents:
+    """Which tokens are of chosen documents, by runs: 9 bytes for each sequence and each document in one."""
+
+    def __init__(self, dataset: "Dataset", conditions: Sequence[tuple[np.ndarray, bool]]) -> None:
+        self._context_size = dataset.spec.context_size
+        start, passes = [], []
+        for first in range(0, dataset.n_sequences, step := max(1, 2**24 // self._context_size)):
+            sequences = np.arange(first, min(first + step, dataset.n_sequences))
+            document_S = dataset._gather("document", sequences).astype(np.int64)
+            begins_ST = dataset._gather("document_begins", sequences)
+            # a run begins with each sequence, and where another document does
+            sequence_R, position_R = np.nonzero(begins_ST)
+            n_before = np.concatenate([[0], np.cumsum(begins_ST.astype(bool).sum(axis=1))])
+            document_R = document_S[sequence_R] + 1 + np.arange(len(sequence_R)) - n_before[sequence_R]
+            start_R = np.concatenate([sequences, sequences[sequence_R]]) * self._context_size
+            start_R[len(sequences) :] += position_R
+            order = np.argsort(start_R, kind="stable")
+            document_R = np.concatenate([document_S, document_R])[order]
+            start.append(start_R[order])
+            passes.append(np.all([_isin(document_R, m) == wanted for m, wanted in conditions], axis=0))
+        self._start_R, self._pass_R = np.concatenate(start), np.concatenate(passes)
+
+    def pass_N(self, sequence_N: np.ndarray, position_N: np.ndarray) -> np.ndarray:
+        """bool [N]: whether the document of each token is one that passes."""
+        token_N = sequence_N.astype(np.int64) * self._context_size + position_N
+        return self._pass_R[np.searchsorted(self._start_R, token_N, side="right") - 1]
 
 
 def _norms(parts: Mapping[str, np.ndarray], site: str, rows: np.ndarray, shared: Any) -> np.ndarray:
@@ -124,12 +170,13 @@ def _percentile(dataset: "Dataset", site: str, percent: float) -> float:
     return found[float(percent)]
 
 
-def _sorted_set(values: Iterable[int], name: str, n: int, url: str) -> np.ndarray:
+def _sorted_set(values: Iterable[int], name: str, n: int | None, url: str) -> np.ndarray:
     members = np.unique(np.asarray(list(values)))
     if len(members) == 0:
         members = members.astype(np.int64)
-    if members.dtype.kind not in "iu" or (len(members) and not (members[0] >= 0 and members[-1] < n)):
-        raise SpecError(f"{name} must be whole numbers in 0..{n - 1} for {url}, got {members[:3]} ...")
+    last = np.iinfo(np.int64).max if n is None else n - 1  # how many documents a split has is not stored
+    if members.dtype.kind not in "iu" or (len(members) and not (members[0] >= 0 and members[-1] <= last)):
+        raise SpecError(f"{name} must be whole numbers in 0..{last} for {url}, got {members[:3]} ...")
     return members.astype(np.int64)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from .cache import DEFAULT_CACHE_BYTES, Cache, CachedStore
 from .chunks import ChunkReader, Request
@@ -383,6 +384,32 @@ class Dataset:
         if self.manifest.identity["tokens"]["packing"] != "isolated":
             return Sequences(input_ids, length, kept)
         return Sequences(input_ids, length, kept, position_ids(self._gather("document_begins", chosen)))
+
+    def sequence_activations(self, site: str, sequence: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of one sequence in the order of its tokens: float32 [n, D], and their positions int64 [n].
+
+        Special tokens and padding are no rows, nor is what lies past the last committed block. The rows
+        are looked for where the sequence's block and its neighbours are: rows are shuffled in blocks.
+        """
+        self._checked(site)
+        rows = self._rows_of_sequence(int(self._row_index([sequence], self.n_sequences)[0]))
+        rows = rows[rows < self._site_rows(site)]
+        position_N = self._gather("position", rows).astype(np.int64)
+        order = np.argsort(position_N)
+        return self.read(site, rows[order]), position_N[order]
+
+    def _rows_of_sequence(self, sequence: int) -> np.ndarray:
+        """Which rows a sequence has, ascending."""
+        of_split = self._shared.statistics.filter(pc.equal(self._shared.statistics["split"], self.split_name))
+        block_K, last_K = np.unique(of_split["block"].to_numpy(), return_index=True)
+        n_sequences_K = of_split["n_sequences"].to_numpy()[last_K]
+        first = int(np.searchsorted(n_sequences_K, sequence, side="right"))
+        goes_on = first + 1 < len(block_K) and n_sequences_K[first] == sequence + 1
+        block_rows = self.manifest.identity["block_rows"]
+        rows = np.arange(
+            first * block_rows, min((first + (2 if goes_on else 1)) * block_rows, self.n_rows), dtype=np.int64
+        )
+        return rows[self._gather("sequence", rows) == sequence]
 
     def stream(
         self,

@@ -16,6 +16,14 @@ def places(batch):
     return batch.sequence.astype(np.int64) * 1000 + batch.position
 
 
+def document_of(dataset, batch):
+    """The document of each row, by `ds.documents`, which test_corpus.py holds to the texts."""
+    stored = dict(
+        zip(places(dataset.rows(slice(None))), dataset.documents(slice(None)).document, strict=True)
+    )
+    return np.array([stored[place] for place in places(batch)], np.int64)
+
+
 def kept(dataset, site, batch, condition):
     """Which rows of an unfiltered batch meet a condition, said once more in plain words."""
     name, value = condition
@@ -24,13 +32,17 @@ def kept(dataset, site, batch, condition):
         "not_token_ids": lambda: np.array([t not in value for t in batch.token_id], bool),
         "sequences": lambda: np.array([s in value for s in batch.sequence], bool),
         "not_sequences": lambda: np.array([s not in value for s in batch.sequence], bool),
+        "documents": lambda: np.isin(document_of(dataset, batch), list(value)),
+        "not_documents": lambda: ~np.isin(document_of(dataset, batch), list(value)),
         "max_norm": lambda: np.linalg.norm(batch[site].astype(np.float64), axis=1) <= value,
     }[name]()
 
 
 @given(
     conditions=st.dictionaries(
-        st.sampled_from(["token_ids", "not_token_ids", "sequences", "not_sequences"]),
+        st.sampled_from(
+            ["token_ids", "not_token_ids", "sequences", "not_sequences", "documents", "not_documents"]
+        ),
         st.sets(st.integers(0, 90), max_size=60),
         max_size=3,
     ),
@@ -125,3 +137,18 @@ def test_the_state_knows_the_filter(tiny):
 def test_conditions_that_mean_nothing_are_refused(tiny, bad, match):
     with pytest.raises(SpecError, match=match):
         tiny[0].stream(SITES[0], where=Where(**bad))
+
+
+def test_documents_that_begin_within_sequences_are_told_apart(tiny):
+    """A filter of one document serves just its rows, and its complement all others."""
+    dataset = tiny[0]
+    document_N = dataset.documents(slice(None)).document
+    n_documents = len(np.unique(document_N))
+    assert n_documents > 20
+    for document in np.unique(document_N)[:: n_documents // 10]:
+        ours = list(dataset.stream(SITES[0], **OPTIONS, where=Where(documents=[document]), metadata=False))
+        assert sum(map(len, ours)) == (document_N == document).sum()
+        others = dataset.stream(SITES[0], **OPTIONS, where=Where(not_documents=[document]))
+        assert sum(map(len, others)) == (document_N != document).sum()
+    with pytest.raises(SpecError, match="documents must be whole numbers"):
+        dataset.stream(where=Where(documents=[-1]))

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from replayed import Recorded
 from tiny_harvest import SITES
 
 import actcache
-from actcache.errors import CorruptObject
+from actcache.errors import CorruptObject, SpecError
 from actcache.order import permutation
 from actcache.shard import shard_key
 from actcache.store import open_store
@@ -78,6 +79,13 @@ def written_order(n, chunk, seed, epoch, lanes, window):
     return out
 
 
+def least_prefetch(dataset, **options):
+    """The bytes that a refusal names."""
+    with pytest.raises(SpecError, match="prefetch_bytes is 1; the windows of") as refused:
+        next(iter(dataset.stream(SITE, prefetch_bytes=1, **options)))
+    return int(re.search(r"take ([\d,]+)\.", str(refused.value))[1].replace(",", ""))
+
+
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_rank_serves_its_rows_of_the_written_order_from_any_resume_point(datasets, data):
@@ -94,9 +102,11 @@ def test_every_rank_serves_its_rows_of_the_written_order_from_any_resume_point(d
     order = {"seed": seed, "lanes": lanes, "window": window}
     state = {**dataset.stream(SITE, **order).state(), "epoch": epoch, "row": row}
     rank = data.draw(st.integers(0, world_size - 1))
+    least = least_prefetch(dataset, world_size=world_size, **order)
     stream = dataset.stream(
         SITE,
         **order,
+        prefetch_bytes=choose(None, least, least + least // 3),
         batch_size=batch_size,
         epochs=epochs,
         rank=rank,
@@ -130,6 +140,59 @@ def test_the_order_of_a_stream_never_changes(datasets):
     for name in ("token_id", "sequence", "position"):
         ours = np.concatenate([getattr(b, name) for b in served])
         assert np.array_equal(ours, getattr(stored, name)[np.concatenate(rows)])
+
+
+def test_the_memory_that_is_read_ahead_is_what_was_asked_for(datasets):
+    """Slots of a window each: a row of a site, its scale and metadata, and 4 bytes that place it."""
+    dataset, lanes, window = datasets[0], 8, 2
+    layout = dataset._layout
+    row = dataset.d_in(SITE) + 4 + layout["token_id"]["dtype"].itemsize + 4 + 4 + 4
+    slot = row * window * dataset.manifest.identity["chunk_rows"]
+    assert least_prefetch(dataset, lanes=lanes, window=window) == lanes * slot
+    options = {"lanes": lanes, "window": window, "batch_size": 100}
+    want = [b[SITE] for b in dataset.stream(SITE, **options)]
+    for asked, slots in ((lanes * slot, 8), (11 * slot + slot // 2, 11), (10**9, 16), (None, 16)):
+        stream = dataset.stream(SITE, **options, prefetch_bytes=asked)
+        windows = stream._windows(next(stream._steps()))
+        try:
+            held = sum(pool.nbytes for pool in windows._pool.values()) + windows._served.nbytes
+        finally:
+            windows.close()
+        assert held == slots * slot
+        for a, b in zip(want, stream, strict=True):
+            assert np.array_equal(a, b[SITE])
+
+
+def test_another_split_may_be_named_by_the_stream(datasets):
+    dataset = datasets[0]
+    a = dataset.stream(SITE, split="validation", batch_size=50)
+    b = dataset.split("validation").stream(SITE, batch_size=50)
+    assert a.state() == b.state()
+    assert [x.sequence.tolist() for x in a] == [x.sequence.tolist() for x in b]
+    with pytest.raises(SpecError, match="no split 'valid'"):
+        dataset.stream(SITE, split="valid")
+
+
+@pytest.mark.parametrize("shape", range(len(SHAPES)))
+def test_a_sequence_is_gathered_in_the_order_of_its_tokens(datasets, shape):
+    dataset = datasets[shape]
+    rows, block_rows = dataset.rows(slice(None)), SHAPES[shape][1]
+    firsts = [rows.sequence[at : at + block_rows].min() for at in range(0, dataset.n_rows, block_rows)]
+    straddling = 0
+    for sequence in {
+        *firsts[:8],
+        *range(0, dataset.n_sequences, dataset.n_sequences // 8),
+        dataset.n_sequences - 1,
+    }:
+        mine = np.flatnonzero(rows.sequence == sequence)
+        mine = mine[np.argsort(rows.position[mine])]
+        acts, position = dataset.sequence_activations(SITE, sequence)
+        assert np.array_equal(position, rows.position[mine])
+        assert np.array_equal(acts, dataset.read(SITE, mine))
+        straddling += len(np.unique(mine // block_rows)) > 1
+    assert straddling or shape in (1, 2)
+    with pytest.raises(IndexError, match="out of range"):
+        dataset.sequence_activations(SITE, dataset.n_sequences)
 
 
 def descriptors():
