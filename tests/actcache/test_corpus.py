@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_sources import write
+from corpora import write_as
 from tiny_harvest import tiny_spec, write_corpus
 from tiny_models import tiny_tokenizer
 
@@ -228,7 +228,9 @@ def test_no_document_nor_its_duplicate_is_in_two_splits_and_shares_are_right(tmp
     options = {"text": {"text_field": "f"}, "tokens": {"token_field": "f"}, "chat": {"chat_field": "f"}}[
         holds
     ]
-    corpus = Corpus(write(tmp_path / "c", kind, "f", twice), validation_share=0.2, test_share=0.1, **options)
+    corpus = Corpus(
+        write_as(tmp_path / "c", kind, "f", twice), validation_share=0.2, test_share=0.1, **options
+    )
     spec = Spec(model="unused", corpus=corpus, sites=["x"], context_size=16, n_tokens=1, packing="isolated")
     tokens = store_of(spec, tmp_path / "root", chat_tokenizer())
     resolved = resolve_corpus(corpus)
@@ -262,7 +264,7 @@ def chat_tokenizer():
 def test_chats_are_rendered_by_the_template_with_one_bos_and_one_eos(tmp_path, packing):
     chats = [[{"role": r, "content": "hi"}] for r in ("user", "bad", "system")]
     corpus = Corpus(
-        write(tmp_path / "c", "jsonl", "m", chats), chat_field="m", validation_share=0, test_share=0
+        write_as(tmp_path / "c", "jsonl", "m", chats), chat_field="m", validation_share=0, test_share=0
     )
     spec = Spec(model="unused", corpus=corpus, sites=["x"], context_size=40, n_tokens=1, packing=packing)
     tokenizer = chat_tokenizer()
@@ -294,7 +296,7 @@ def test_given_ids_are_checked_and_keep_their_own_bos_and_eos_once(tmp_path):
         ("concat", [1, 1, 5, 6, 2, 7, 8, 2, 9, 95, 2, 1, 2]),
         ("isolated", [1, 5, 6, 2, 1, 7, 8, 1, 9, 95]),
     ):
-        source = write(tmp_path / kind, "parquet", "ids", ids)
+        source = write_as(tmp_path / kind, "parquet", "ids", ids)
         corpus = Corpus(source, token_field="ids", validation_share=0, test_share=0)
         spec = Spec(model="unused", corpus=corpus, sites=["x"], context_size=20, n_tokens=1, packing=kind)
         tokens = store_of(spec, tmp_path / "root")
@@ -310,7 +312,7 @@ def test_a_strict_corpus_raises_at_the_document_even_when_a_lenient_store_is_the
     from dataclasses import replace
 
     ids = [[5, 6], [7, 1000]]
-    corpus = Corpus(write(tmp_path / "c", "jsonl", "ids", ids), token_field="ids", validation_share=0)
+    corpus = Corpus(write_as(tmp_path / "c", "jsonl", "ids", ids), token_field="ids", validation_share=0)
     spec = Spec(model="unused", corpus=corpus, sites=["x"], context_size=16, n_tokens=1)
     strict = replace(spec, corpus=replace(corpus, strict=True))
     with pytest.raises(CorpusError, match=r"data.jsonl, line 2: token ids outside of the vocabulary"):
