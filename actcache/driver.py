@@ -6,6 +6,7 @@ them may die at any time: the same call again finishes the rest and repeats no c
 
 import importlib.metadata
 import logging
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -254,6 +255,10 @@ def _engine_of(
         raise SpecError(f"engine is {engine!r}; it must be 'ray' or 'local'")
     if workers < 1:
         raise SpecError(f"workers is {workers}; it must be at least 1")
+    reserved = {"gpus_per_worker": gpus_per_worker, "num_cpus": (placement or {}).get("num_cpus", 1)}
+    for name, amount in reserved.items():
+        if not 0 <= amount < math.inf:
+            raise SpecError(f"{name} is {amount}; it must be a number of at least 0")
     if engine == "ray":
         return partial(RayEngine, workers=workers, gpus_per_worker=gpus_per_worker, placement=placement)
     if workers > 1:

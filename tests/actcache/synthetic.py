@@ -29,7 +29,8 @@ def identity(block_rows: int = 131_072, chunk_rows: int = 4096, context_size: in
         "block_rows": block_rows,
         "chunk_rows": chunk_rows,
         "seed": 0,
-        "tokens": {"context_size": context_size, "vocab_size": 50_257, "special_token_ids": []},
+        "tokens": {"packing": "concat", "bos_token_id": None, "eos_token_id": None}
+        | {"context_size": context_size, "vocab_size": 50_257, "special_token_ids": []},
     }
 
 

@@ -110,8 +110,29 @@ def test_a_corpus_without_text_or_rows_is_one_clear_error(spec, tmp_path):
     with pytest.raises(CorpusError, match="holds no text"):
         make_tokens(empty, tmp_path / "root")
     held_out = replace(spec, corpus=replace(spec.corpus, validation_share=0.999, test_share=0.0))
-    with pytest.raises(CorpusError, match="keeps no row"):
+    with pytest.raises(
+        CorpusError, match=r"all of which fall into the other splits .* lower validation_share"
+    ):
         make_tokens(held_out, tmp_path / "root")
+    special = Corpus(write_as(tmp_path / "c", "jsonl", "ids", [[1, 2], [2]]), token_field="ids")
+    special = replace(special, validation_share=0.0, test_share=0.0)
+    with pytest.raises(CorpusError, match="keeps no row: every token of its train split is special"):
+        make_tokens(replace(spec, corpus=special), tmp_path / "root")
+
+
+def test_a_corpus_of_malformed_documents_says_why_none_was_taken(spec, tmp_path):
+    from dataclasses import replace
+
+    (tmp_path / "bad.jsonl").write_text("[1, 2]\nnull\n")
+    with pytest.raises(CorpusError, match="2 documents skipped: not a JSON object"):
+        make_tokens(replace(spec, corpus=Corpus(str(tmp_path / "bad.jsonl"))), tmp_path / "root")
+
+
+def test_a_corpus_that_cannot_be_reached_is_named(spec, tmp_path):
+    from dataclasses import replace
+
+    with pytest.raises(CorpusError, match=r"cannot open corpus 'ftp://127\.0\.0\.1:1/x'.*refused"):
+        make_tokens(replace(spec, corpus=Corpus("ftp://127.0.0.1:1/x")), tmp_path / "root")
 
 
 def test_prepend_bos_needs_a_bos_and_packing_needs_an_eos(spec, tmp_path):

@@ -418,6 +418,7 @@ def test_a_bad_price_table_says_what_is_wrong(tmp_path, text, message):
     [
         (["--gpu", "h10"], 2, "did you mean 'h100'"),
         (["--rate", "0"], 2, "rate is 0.0"),
+        (["--rate", "1e-320"], 2, "must be at least 0.001"),
         (["--mfu", "1.5"], 2, "mfu is 1.5"),
         (["--months", "-1"], 2, "months is -1.0"),
         (["--prices", "nowhere.toml"], 2, "cannot read prices from nowhere.toml"),
