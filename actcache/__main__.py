@@ -1,6 +1,7 @@
 """`actcache` on the command line: plan, harvest, ls, info, verify, gc, rm. Heavy imports wait until they are needed."""
 
 import json
+import math
 import re
 import sys
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,9 @@ def _parse_resources(_: Any, option: click.Parameter, values: tuple[str, ...]) -
         try:
             amounts[name] = float(text)
         except ValueError:
-            raise click.BadParameter(f"{name}={text}: the amount must be a number") from None
+            amounts[name] = math.nan
+        if not 0 < amounts[name] < math.inf:
+            raise click.BadParameter(f"{name}={text}: the amount must be a number above 0")
     return amounts
 
 
@@ -148,11 +151,18 @@ def harvest(
     """
     from .driver import harvest as run_harvest
 
+    engine = engine or ("ray" if workers > 1 else "local")
+    if engine == "local" and (resources or labels):
+        raise click.UsageError(
+            "--worker-resource and --worker-label are for Ray actors; give --engine ray too"
+        )
+    if not 0 < buffer_gib < math.inf:
+        raise click.UsageError(f"--buffer is {buffer_gib}; give a number of GiB above 0")
     dataset = run_harvest(
         spec,
         root,
         workers=workers,
-        engine=engine or ("ray" if workers > 1 else "local"),
+        engine=engine,
         lm_batch=lm_batch,
         device=device,
         gpus_per_worker=gpus_per_worker,

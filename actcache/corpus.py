@@ -278,10 +278,17 @@ def tokenise(
         for reason, count in skipped.counts.items():
             log.warning("%d documents skipped (%s), the first is %s", count, reason, skipped.first[reason])
         if not any(writer.packer.n_documents for writer in writers.values()):
+            why = "".join(f", {count} documents skipped: {name}" for name, count in skipped.counts.items())
             raise CorpusError(
-                f"corpus {spec.corpus.source!r} holds no text ({len(resolved.files)} files read)"
+                f"corpus {spec.corpus.source!r} holds no text ({len(resolved.files)} files read{why})"
             )
         splits = {split: writer.finish() for split, writer in writers.items()}
+    if not writers["train"].packer.n_documents:
+        n = sum(writer.packer.n_documents for writer in writers.values())
+        raise CorpusError(
+            f"corpus {spec.corpus.source!r} has {n} documents, all of which fall into the other splits by their "
+            "content; give more documents, or lower validation_share and test_share"
+        )
     if not splits["train"]["n_rows"]:
         raise CorpusError(
             f"corpus {spec.corpus.source!r} keeps no row: every token of its train split is special"

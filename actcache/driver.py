@@ -6,6 +6,7 @@ them may die at any time: the same call again finishes the rest and repeats no c
 
 import importlib.metadata
 import logging
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -72,6 +73,25 @@ class Resolved:
     def id(self) -> str:
         """sha256 of the identity."""
         return digest(self.identity)
+
+    def job(
+        self,
+        dataset_url: str,
+        tokens_url: str,
+        storage_options: Mapping[str, Any] | None = None,
+        **execution: Any,
+    ) -> Job:
+        """What its Harvesters are told; `execution` has the fields of `Job` from `lm_batch` on."""
+        return Job(
+            identity=self.identity,
+            dataset_url=dataset_url,
+            tokens_url=tokens_url,
+            storage_options=dict(storage_options or {}),
+            model=self.spec.model,
+            model_revision=self.identity["model"]["revision"],
+            sites=self.sites,
+            **execution,
+        )
 
 
 @dataclass(frozen=True)
@@ -176,7 +196,7 @@ def harvest(
     Args:
         spec: what to harvest.
         root: a directory or fsspec URL that holds datasets and token stores.
-        workers: Harvesters to run; the local engine runs one.
+        workers: Harvesters to run; the local engine takes no more than one.
         engine: "ray" (one actor per worker, on the connected or a fresh local cluster) or "local".
         lm_batch: sequences in one forward pass. Never changes which row is where.
         device: of the LM, e.g. "cpu" or "cuda"; "auto" spreads it over the worker's GPUs (accelerate).
@@ -197,10 +217,9 @@ def harvest(
     """
     from .reader import open_dataset
 
-    if engine not in ("ray", "local"):
-        raise SpecError(f"engine is {engine!r}; it must be 'ray' or 'local'")
-    if workers < 1 or lm_batch < 1:
-        raise SpecError(f"workers is {workers} and lm_batch {lm_batch}; both must be at least 1")
+    if lm_batch < 1 or buffer_bytes < 1:
+        raise SpecError(f"lm_batch is {lm_batch} and buffer_bytes {buffer_bytes}; both must be at least 1")
+    engine_of = _engine_of(engine, workers, gpus_per_worker, placement)
     start = time.monotonic()
     resolved = resolve(spec, storage_options)
     base = open_store(root, storage_options)
@@ -212,37 +231,39 @@ def harvest(
     # a hit neither waits for another harvest nor keeps one waiting
     with nullcontext() if _is_there(base, store, resolved) else Lease(base, name):
         tokens = tokenise(spec, resolved.corpus, resolved.tokenizer, base, run=encode, progress=progress)
-        job = Job(
-            identity=resolved.identity,
-            dataset_url=store.url,
-            tokens_url=tokens.store.url,
-            storage_options=dict(storage_options or {}),
-            model=spec.model,
-            model_revision=resolved.identity["model"]["revision"],
-            sites=resolved.sites,
+        job = resolved.job(
+            store.url,
+            tokens.store.url,
+            storage_options,
             lm_batch=lm_batch,
             device=device,
-            threads=0,
             attention=attention,
             compile=compile,
             buffer_bytes=buffer_bytes,
         )
-        engine_of: Callable[[Job], Engine] = LocalEngine
-        if engine == "ray":
-            engine_of = partial(
-                RayEngine, workers=workers, gpus_per_worker=gpus_per_worker, placement=placement
-            )
         harvest_missing(
-            store,
-            resolved,
-            tokens,
-            job,
-            engine_of,
-            start=start,
-            workers=workers if engine == "ray" else 1,
-            progress=progress,
+            store, resolved, tokens, job, engine_of, start=start, workers=workers, progress=progress
         )
     return open_dataset(store.url, storage_options=storage_options)
+
+
+def _engine_of(
+    engine: str, workers: int, gpus_per_worker: float, placement: Mapping[str, Any] | None
+) -> Callable[[Job], Engine]:
+    """What makes the engine of that name; nothing is started yet."""
+    if engine not in ("ray", "local"):
+        raise SpecError(f"engine is {engine!r}; it must be 'ray' or 'local'")
+    if workers < 1:
+        raise SpecError(f"workers is {workers}; it must be at least 1")
+    reserved = {"gpus_per_worker": gpus_per_worker, "num_cpus": (placement or {}).get("num_cpus", 1)}
+    for name, amount in reserved.items():
+        if not 0 <= amount < math.inf:
+            raise SpecError(f"{name} is {amount}; it must be a number of at least 0")
+    if engine == "ray":
+        return partial(RayEngine, workers=workers, gpus_per_worker=gpus_per_worker, placement=placement)
+    if workers > 1:
+        raise SpecError(f"workers is {workers}, and the local engine runs one; give engine 'ray' as well")
+    return LocalEngine
 
 
 def _is_there(base: Store, store: Store, resolved: Resolved) -> bool:
@@ -341,7 +362,7 @@ def _run(
                 "split": split,
                 "block": block,
                 "sites": list(sites),
-                "error": str(error) or type(error).__name__,
+                "error": _shown(error, state.store),
             }
             for (split, block, sites), error in failed
         ],

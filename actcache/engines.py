@@ -21,7 +21,7 @@ class WorkerState:
     name: str
     """Number and node."""
     state: str
-    """starting, ready, busy, lost or given up."""
+    """starting, ready, busy or given up."""
     running: int = 0
     """Blocks in flight."""
     times: Mapping[str, float] = field(default_factory=dict)

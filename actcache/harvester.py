@@ -55,8 +55,9 @@ class Job:
     sites: tuple[str, ...]
     lm_batch: int
     """Sequences in one forward pass."""
-    device: str
-    threads: int
+    device: str = "cpu"
+    """Of the LM, as torch names it; "auto" spreads it over the GPUs."""
+    threads: int = 0
     """CPU threads of the LM; 0 leaves torch's default."""
     attention: str | None = None
     """Attention kernel, such as flash_attention_2; None: as `lm.load_lm` chooses."""

@@ -119,6 +119,8 @@ def load_lm(
         "attn_implementation": attn_implementation or _attention(config),
         "output_loading_info": True,
     }
+    if device == "meta":
+        raise SpecError("device is 'meta', where nothing is computed; give cpu, cuda or auto.")
     if device == "auto":
         if find_spec("accelerate") is None:
             raise SpecError(
@@ -436,11 +438,13 @@ def _hub_commit(model: str, revision: str | None) -> str:
 @contextmanager
 def _one_line(what: str) -> Iterator[None]:
     """Turn what transformers and the hub raise about a model into one line that says `what`."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except SpecError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as err:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as err:
         raise SpecError(f"{what} ({_first_line(err)})") from err
 
 

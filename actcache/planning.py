@@ -209,10 +209,10 @@ def plan(
 
 
 def _check(rate: float | None, mfu: float, months: float, workers: int, gpus_per_worker: float) -> None:
-    if rate is not None and not 0 < rate < math.inf:
-        raise SpecError(f"rate is {rate}; it must be positive, in tokens a second")
-    if not 0 < mfu <= 1:
-        raise SpecError(f"mfu is {mfu}; it must be above 0 and at most 1")
+    if rate is not None and not 1e-3 <= rate < math.inf:
+        raise SpecError(f"rate is {rate}; it is in tokens a second and must be at least 0.001")
+    if not 1e-3 <= mfu <= 1:
+        raise SpecError(f"mfu is {mfu}; it is a share, and must be between 0.001 and 1")
     if not 0 <= months < math.inf or workers < 1 or not 0 < gpus_per_worker < math.inf:
         raise SpecError(
             f"months is {months}, workers {workers} and gpus_per_worker {gpus_per_worker}; "

@@ -549,8 +549,8 @@ def _saved_dataset(fs: Any, path: str, source: str) -> list[str] | None:
 def _filesystem(source: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     try:
         fs, path = fsspec.core.url_to_fs(source, **options)
-    except (ValueError, ImportError) as err:
-        raise CorpusError(f"cannot open corpus {source!r}: {err}") from err
+    except (ValueError, ImportError, OSError) as err:
+        raise CorpusError(f"cannot open corpus {source!r}: {err}. Check the URL and the credentials") from err
     return fs, path
 
 

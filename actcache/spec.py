@@ -25,6 +25,8 @@ PACKINGS = ("concat", "isolated", "single")
 MIN_SEQUENCES_PER_BLOCK = 64
 """`block_rows >= 64 * context_size`: a sequence that straddles two blocks is run in both, so
 shorter blocks would spend more than 1/64 of the forward passes twice."""
+MAX_BLOCK_ROWS, MAX_CONTEXT_SIZE, MAX_INTEGER = 2**31, 2**20, 2**63 - 1
+"""What readers take; no dataset is begun that they would refuse."""
 
 
 def canonical_json(value: Any) -> str:
@@ -84,8 +86,10 @@ class Corpus:
             raise SpecError("the corpus source is empty; give a glob, a file, a URL or bundled:stdlib")
         if self.token_field is not None and self.chat_field is not None:
             raise SpecError("token_field and chat_field are both given; a corpus has one of them, or text")
-        if self.max_tokens is not None and self.max_tokens <= 0:
-            raise SpecError(f"max_tokens is {self.max_tokens}; it must be positive, or None for all")
+        if self.max_tokens is not None and not 0 < self.max_tokens <= MAX_INTEGER:
+            raise SpecError(
+                f"max_tokens is {self.max_tokens}; it must be positive and below 2^63, or None for all"
+            )
         shares = (self.validation_share, self.test_share)
         if min(shares) < 0 or sum(shares) >= 1:
             raise SpecError(
@@ -159,6 +163,10 @@ class Spec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SpecError(f"{name} is {value}; it must be at least 1")
+        limits = {"block_rows": MAX_BLOCK_ROWS, "context_size": MAX_CONTEXT_SIZE, "seed": MAX_INTEGER}
+        for name, limit in limits.items():
+            if abs(getattr(self, name) or 0) > limit:
+                raise SpecError(f"{name} is {getattr(self, name)}; it must not exceed {limit}")
         if self.context_size < 2:
             raise SpecError(f"context_size is {self.context_size}; an LM needs at least 2 tokens to predict")
         if self.validation_blocks < 0 or self.test_blocks < 0:

@@ -56,7 +56,7 @@ _OPTIONS = (
         "--max-tokens",
         type=int,
         metavar="N",
-        help="Take only the first N tokens of the corpus. Default: all.",
+        help="Take only the first documents of the corpus, until they have N tokens. Default: all.",
     ),
     click.option(
         "--site",

@@ -145,11 +145,18 @@ def open_store(url: str | os.PathLike[str], storage_options: Mapping[str, Any] |
     `storage_options` go to fsspec and are never written anywhere, except `actcache_retry`: a mapping
     with `deadline_s` and other fields of `retry.Retry`. On S3 botocore's retries are off and s3fs's
     timeouts hold (5 s to connect, 15 s without a byte) unless `config_kwargs` say otherwise.
+
+    Raises:
+        SpecError: the URL is empty.
     """
     text = os.fspath(url)
     retry, options = _retry_of(storage_options), client_options(storage_options)
-    scheme, _, rest = text.partition("://")
-    if not rest:
+    scheme, separator, rest = text.partition("://")
+    if not (rest if separator else text):
+        raise SpecError(
+            f"{text!r} names no place; give a directory ('.' is this one) or URL (s3://bucket/prefix)"
+        )
+    if not separator:
         return LocalStore(Path(text).expanduser(), retry)
     if scheme in ("file", "local"):
         return LocalStore(Path(rest), retry)

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .errors import CorruptObject, FormatError
-from .spec import PACKINGS
+from .spec import MAX_BLOCK_ROWS, MAX_CONTEXT_SIZE, MAX_INTEGER, PACKINGS
 from .store import Store
 
 MAX_JSON_BYTES = 2**24
@@ -90,10 +90,10 @@ def check_manifest(value: Any, splits: tuple[str, ...]) -> None:
         _text(_mapping(identity["model"], "identity.model")[name], f"identity.model.{name}")
     _text(identity["precision"], "identity.precision")
     chunk_rows = _integer(identity["chunk_rows"], "identity.chunk_rows", 1, MAX_CHUNK_BYTES // 4)
-    block_rows = _integer(identity["block_rows"], "identity.block_rows", 1, 2**31)
+    block_rows = _integer(identity["block_rows"], "identity.block_rows", 1, MAX_BLOCK_ROWS)
     if block_rows % chunk_rows:
         raise ValueError(f"block_rows {block_rows} is not a multiple of chunk_rows {chunk_rows}")
-    _integer(identity["seed"], "identity.seed", -(2**63), 2**63)
+    _integer(identity["seed"], "identity.seed", -MAX_INTEGER, MAX_INTEGER)
     if tokens["packing"] not in PACKINGS:
         raise ValueError(
             f"identity.tokens.packing is {_shown(tokens['packing'])}, wanted {', '.join(PACKINGS)}"
@@ -102,7 +102,7 @@ def check_manifest(value: Any, splits: tuple[str, ...]) -> None:
     for name in ("bos_token_id", "eos_token_id"):
         if tokens[name] is not None:
             _integer(tokens[name], f"identity.tokens.{name}", 0, 2**32)
-    _integer(tokens["context_size"], "identity.tokens.context_size", 1, MAX_CHUNK_BYTES // (64 * 4))
+    _integer(tokens["context_size"], "identity.tokens.context_size", 1, MAX_CONTEXT_SIZE)
     for i, token in enumerate(_sequence(tokens["special_token_ids"], "identity.tokens.special_token_ids")):
         _integer(token, f"identity.tokens.special_token_ids[{i}]", 0, tokens["vocab_size"] - 1)
     _integer(value["version"], "version", 1, 10**8 - 1)

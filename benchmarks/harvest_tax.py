@@ -23,7 +23,7 @@ import actcache
 from actcache.corpus import tokenise
 from actcache.driver import resolve
 from actcache.engines import Engine, LocalEngine, Unit
-from actcache.harvester import Job, plan_block
+from actcache.harvester import plan_block
 from actcache.lm import load_lm, load_tokenizer
 from actcache.ray_engine import RayEngine
 from actcache.sources import resolve_corpus
@@ -76,18 +76,7 @@ def main() -> None:
     resolved = resolve(spec)
     root = open_store(directory)
     tokens = tokenise(spec, resolve_corpus(spec.corpus), resolved.tokenizer, root, progress=False)
-    job = Job(
-        identity=resolved.identity,
-        dataset_url=f"{directory}/dataset",
-        tokens_url=tokens.store.url,
-        storage_options={},
-        model=spec.model,
-        model_revision=None,
-        sites=resolved.sites,
-        lm_batch=options.lm_batch,
-        device="cpu",
-        threads=0,
-    )
+    job = resolved.job(f"{directory}/dataset", tokens.store.url, lm_batch=options.lm_batch)
     bare = load_lm(spec.model).model.transformer
     bare.h = bare.h[:4]
     plans = [plan_block(tokens, resolved.identity, "train", b) for b in range(options.blocks)]

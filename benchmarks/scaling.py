@@ -132,7 +132,7 @@ def scaling(directory: Path, actors: list[int], blocks_each: int, batch_s: float
     for n in actors:
         asked = replace(resolved, spec=replace(spec, n_tokens=n * blocks_each * block_rows))
         store = open_store(str(directory / f"actors-{n}"))
-        job = _job(asked, store.url, tokens.store.url)
+        job = asked.job(store.url, tokens.store.url, lm_batch=LM_BATCH)
         came: list[float] = []
         engine = partial(Timed, workers=n, batch_s=batch_s, came=came)
         harvest_missing(store, asked, tokens, job, engine, start=time.monotonic(), workers=n, progress=False)
@@ -241,7 +241,13 @@ def driver(directory: Path, blocks: int, in_flight: int, latency_s: float) -> di
     spent: dict[str, float] = {}
     engine = partial(Crowd, workers=in_flight // 2, latency_s=latency_s, spent=spent)
     harvest_missing(
-        store, asked, tokens, _job(asked, store.url, ""), engine, start=time.monotonic(), progress=False
+        store,
+        asked,
+        tokens,
+        asked.job(store.url, "", lm_batch=LM_BATCH),
+        engine,
+        start=time.monotonic(),
+        progress=False,
     )
     assert read_manifest(store).complete
     return {
@@ -277,21 +283,6 @@ def first_block(directory: Path, address: str) -> dict[str, Any]:
     if status:
         raise SystemExit(f"{' '.join(command)} ended with {status}; run it by hand to see why")
     return {"first_block_s": round(first_s, 1), "command_s": round(time.perf_counter() - begun, 1)}
-
-
-def _job(resolved: Resolved, dataset_url: str, tokens_url: str) -> Job:
-    return Job(
-        identity=resolved.identity,
-        dataset_url=dataset_url,
-        tokens_url=tokens_url,
-        storage_options={},
-        model=resolved.spec.model,
-        model_revision=None,
-        sites=resolved.sites,
-        lm_batch=LM_BATCH,
-        device="cpu",
-        threads=1,
-    )
 
 
 def main() -> None:

@@ -7,20 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from venvs import make_venv
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "actcache"))
 
 pytestmark = pytest.mark.slow
-
-
-def make_venv(directory, *packages):
-    """A fresh virtual environment with these packages; returns its python."""
-    subprocess.run([sys.executable, "-m", "venv", directory], check=True)
-    python = directory / "bin" / "python"
-    constraints = ["-c", str(ROOT / "constraints.txt")]
-    subprocess.run([python, "-m", "pip", "install", "-q", *constraints, *packages], check=True)
-    return python
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ field's `W_enc` [D, F] is a view of it.
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -93,7 +94,7 @@ class Terms:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
+class Architecture(ABC):
     """The fields that all have."""
 
     architecture: ClassVar[str]
@@ -124,9 +125,9 @@ class Architecture:
             raise ValueError(f"d_sae is {self.d_sae}; it must be at least 1")
 
     @property
+    @abstractmethod
     def sparsity(self) -> float:
         """What controls L0, for the name of the SAE."""
-        raise NotImplementedError
 
     @property
     def decoder_norm(self) -> Literal["unit", "free"]:
@@ -156,13 +157,13 @@ class Architecture:
         """Dense mask of the latents that may be active, where that is a matter of rank; else None."""
         return None
 
+    @abstractmethod
     def choose(self, pre_NF: Tensor, p: Parameters, scratch: "Scratch") -> "Entries":
         """The entries outside which every value and every gradient of `loss` is zero."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, view: View, p: Parameters, moment: Moment) -> Terms:
         """The formula of the module's docstring."""
-        raise NotImplementedError
 
     def inference(self, p: Parameters, threshold: float | None) -> dict[str, Tensor]:
         """Tensors of the finished SAE beside W_enc, W_dec and b_dec; in the units of training."""

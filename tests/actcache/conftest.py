@@ -1,6 +1,7 @@
-"""A tiny dataset that the reading tests share; they must not write to it."""
+"""What tests share and must not write to: a tiny dataset, and recorded forward passes."""
 
 import pytest
+from replayed import Recorded
 from tiny_harvest import tiny_spec
 
 import actcache
@@ -13,3 +14,9 @@ def tiny(tmp_path_factory):
     spec = tiny_spec(directory)
     root = str(directory / "root")
     return actcache.harvest(spec, root, progress=False), spec, root
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory):
+    """Forward passes of the same Spec, for harvests that replay them into stores of their own."""
+    return Recorded(tmp_path_factory.mktemp("recorded"))

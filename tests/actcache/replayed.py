@@ -56,19 +56,7 @@ class Recorded:
         self.harvester.__dict__ |= state["harvester"] | {"tokens": tokens}
 
     def job(self, url: str) -> Job:
-        return Job(
-            identity=self.resolved.identity,
-            dataset_url=url,
-            tokens_url=self.tokens.store.url,
-            storage_options={},
-            model=self.spec.model,
-            model_revision=None,
-            sites=self.resolved.sites,
-            lm_batch=8,
-            device="cpu",
-            threads=0,
-            uploads=1,
-        )
+        return self.resolved.job(url, self.tokens.store.url, lm_batch=8, uploads=1)
 
     def with_acts(self, change: Callable[[str, np.ndarray], np.ndarray]) -> "Recorded":
         """The same with other activations: `change(site, acts [T, D])` of each sequence. Another kernel."""

@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import pytest
-from replayed import Recorded
-from test_cli import actcache_cli
+from command_line import actcache_here
 from tiny_harvest import SITES
 
 import actcache
@@ -60,11 +59,6 @@ def counted(monkeypatch):
     Counting.most = 0
     monkeypatch.setattr(catalog, "open_store", lambda url, options=None: Counting(url, {}))
     return Counting.requests
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory):
-    return Recorded(tmp_path_factory.mktemp("recorded"))
 
 
 @pytest.fixture(scope="module")
@@ -175,13 +169,13 @@ def test_the_command_line_lists_in_json_and_in_narrow_and_wide_terminals(manifes
     base = open_store(str(tmp_path))
     name = place(base, manifest, 1)
     base.create("torn-000000000000/_manifest/00000001.json", b"{")
-    piped = actcache_cli("ls", tmp_path)
+    piped = actcache_here("ls", tmp_path)
     assert piped.returncode == 0
     line = next(line for line in piped.stdout.splitlines() if name in line)
     for cell in (manifest.identity["model"]["id"], "complete", "2.9 KiB", "1.0e-03"):
         assert cell in line
     assert piped.stderr.startswith("unreadable: torn-000000000000: ")
-    lines = [json.loads(x) for x in actcache_cli("ls", tmp_path, "--json").stdout.splitlines()]
+    lines = [json.loads(x) for x in actcache_here("ls", tmp_path, "--json").stdout.splitlines()]
     assert [x["state"] for x in lines] == ["complete", "unreadable"]
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from codec_cases import WORST, rows_of, worst_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,14 +15,6 @@ from actcache.statistics import Statistics
 
 FVU = Precision.parse("fvu:1e-3")
 ROTATED = ("rotated:1e-2", "rotated:1e-3", "rotated:1e-5")
-
-
-def rows_of(n, d, seed=0, sinks=0.0, sink_norm=100.0):
-    rng = np.random.default_rng(seed)
-    acts = (rng.normal(size=(n, d)) * rng.uniform(0.5, 2, d) + rng.normal(size=d)).astype(np.float32)
-    is_sink = rng.random(n) < sinks
-    acts[is_sink] *= sink_norm
-    return acts, is_sink
 
 
 def decoding(calibration, precision):
@@ -185,48 +178,6 @@ def test_fp16_overflow_is_refused():
     acts[0] = 1
     with pytest.raises(NonFiniteActivation, match="row in fp16: 1 holds inf"):
         encode(acts, calibrate(acts, Precision("fp16")), Precision("fp16"))
-
-
-def worst_case(name, n=3000, d=24):
-    """Rows that break codecs; the first half of them calibrates."""
-    rng = np.random.default_rng(7)
-    acts = rng.normal(size=(n, d)) * rng.uniform(0.5, 2, d) + rng.normal(size=d)
-    if name == "huge channel":
-        acts[:, 5] *= 1e6
-    elif name == "huge row":
-        acts[n // 2 + 10] *= 1e9
-    elif name == "huge row in the calibration":
-        acts[10] *= 1e9
-    elif name == "constant channel":
-        acts[:, 5] = 1 / 3
-    elif name == "constant site":
-        acts[:] = 3.7
-    elif name == "constant, then not":
-        acts[: n // 2] = 3.7
-    elif name == "zeros":
-        acts[:] = 0
-    elif name == "denormals":
-        acts *= 1e-41
-    elif name == "denormal channel":
-        acts[:, 5] *= 1e-41
-    elif name == "small":
-        acts *= 1e-20
-    elif name == "large":
-        acts *= 1e30
-    elif name == "all sizes":
-        acts *= np.exp(rng.normal(size=d) * 5)
-    elif name == "two values":
-        acts = np.sign(acts)
-    elif name == "one row":
-        acts = acts[:1]
-    return acts.astype(np.float32)
-
-
-WORST = (
-    "huge channel", "huge row", "huge row in the calibration", "constant channel", "constant site",
-    "constant, then not", "zeros", "denormals", "denormal channel", "small", "large", "all sizes", "two values",
-    "one row",
-)  # fmt: skip
 
 
 @pytest.mark.parametrize("precision", ["fvu:1e-2", "fvu:1e-3", *ROTATED, "bf16", "fp16", "fp32"])

@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-from replayed import Recorded
 from tiny_harvest import SITES
 from watched import DictStore, Died, DiesAt, Watched
 
@@ -18,11 +17,6 @@ from actcache.statistics import Statistics
 NOISE = 1e-6
 BLOCK = ("train", 0, SITES)
 RECORD = record_key(*BLOCK)
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory):
-    return Recorded(tmp_path_factory.mktemp("recorded"))
 
 
 @pytest.fixture(scope="module")

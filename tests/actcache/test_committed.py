@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replayed import Recorded
 from synthetic import LOSSES, SITES, Synthetic
 from tiny_harvest import SITES as TINY_SITES
 from watched import DictStore, Watched
@@ -29,11 +28,6 @@ from actcache.segments import COMPLETE_SEGMENTS, FAN_IN
 from actcache.statistics import Statistics, merge
 
 SHAPE = {"block_rows": 4096, "chunk_rows": 1024, "context_size": 64}
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory):
-    return Recorded(tmp_path_factory.mktemp("recorded"))
 
 
 def opened(store, version=None):

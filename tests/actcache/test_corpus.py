@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_sources import write
+from corpora import write_as
 from tiny_harvest import tiny_spec, write_corpus
 from tiny_models import tiny_tokenizer
 
@@ -110,8 +110,29 @@ def test_a_corpus_without_text_or_rows_is_one_clear_error(spec, tmp_path):
     with pytest.raises(CorpusError, match="holds no text"):
         make_tokens(empty, tmp_path / "root")
     held_out = replace(spec, corpus=replace(spec.corpus, validation_share=0.999, test_share=0.0))
-    with pytest.raises(CorpusError, match="keeps no row"):
+    with pytest.raises(
+        CorpusError, match=r"all of which fall into the other splits .* lower validation_share"
+    ):
         make_tokens(held_out, tmp_path / "root")
+    special = Corpus(write_as(tmp_path / "c", "jsonl", "ids", [[1, 2], [2]]), token_field="ids")
+    special = replace(special, validation_share=0.0, test_share=0.0)
+    with pytest.raises(CorpusError, match="keeps no row: every token of its train split is special"):
+        make_tokens(replace(spec, corpus=special), tmp_path / "root")
+
+
+def test_a_corpus_of_malformed_documents_says_why_none_was_taken(spec, tmp_path):
+    from dataclasses import replace
+
+    (tmp_path / "bad.jsonl").write_text("[1, 2]\nnull\n")
+    with pytest.raises(CorpusError, match="2 documents skipped: not a JSON object"):
+        make_tokens(replace(spec, corpus=Corpus(str(tmp_path / "bad.jsonl"))), tmp_path / "root")
+
+
+def test_a_corpus_that_cannot_be_reached_is_named(spec, tmp_path):
+    from dataclasses import replace
+
+    with pytest.raises(CorpusError, match=r"cannot open corpus 'ftp://127\.0\.0\.1:1/x'.*refused"):
+        make_tokens(replace(spec, corpus=Corpus("ftp://127.0.0.1:1/x")), tmp_path / "root")
 
 
 def test_prepend_bos_needs_a_bos_and_packing_needs_an_eos(spec, tmp_path):
@@ -228,7 +249,9 @@ def test_no_document_nor_its_duplicate_is_in_two_splits_and_shares_are_right(tmp
     options = {"text": {"text_field": "f"}, "tokens": {"token_field": "f"}, "chat": {"chat_field": "f"}}[
         holds
     ]
-    corpus = Corpus(write(tmp_path / "c", kind, "f", twice), validation_share=0.2, test_share=0.1, **options)
+    corpus = Corpus(
+        write_as(tmp_path / "c", kind, "f", twice), validation_share=0.2, test_share=0.1, **options
+    )
     spec = Spec(model="unused", corpus=corpus, sites=["x"], context_size=16, n_tokens=1, packing="isolated")
     tokens = store_of(spec, tmp_path / "root", chat_tokenizer())
     resolved = resolve_corpus(corpus)
@@ -262,7 +285,7 @@ def chat_tokenizer():
 def test_chats_are_rendered_by_the_template_with_one_bos_and_one_eos(tmp_path, packing):
     chats = [[{"role": r, "content": "hi"}] for r in ("user", "bad", "system")]
     corpus = Corpus(
-        write(tmp_path / "c", "jsonl", "m", chats), chat_field="m", validation_share=0, test_share=0
+        write_as(tmp_path / "c", "jsonl", "m", chats), chat_field="m", validation_share=0, test_share=0
     )
     spec = Spec(model="unused", corpus=corpus, sites=["x"], context_size=40, n_tokens=1, packing=packing)
     tokenizer = chat_tokenizer()
@@ -294,7 +317,7 @@ def test_given_ids_are_checked_and_keep_their_own_bos_and_eos_once(tmp_path):
         ("concat", [1, 1, 5, 6, 2, 7, 8, 2, 9, 95, 2, 1, 2]),
         ("isolated", [1, 5, 6, 2, 1, 7, 8, 1, 9, 95]),
     ):
-        source = write(tmp_path / kind, "parquet", "ids", ids)
+        source = write_as(tmp_path / kind, "parquet", "ids", ids)
         corpus = Corpus(source, token_field="ids", validation_share=0, test_share=0)
         spec = Spec(model="unused", corpus=corpus, sites=["x"], context_size=20, n_tokens=1, packing=kind)
         tokens = store_of(spec, tmp_path / "root")
@@ -310,7 +333,7 @@ def test_a_strict_corpus_raises_at_the_document_even_when_a_lenient_store_is_the
     from dataclasses import replace
 
     ids = [[5, 6], [7, 1000]]
-    corpus = Corpus(write(tmp_path / "c", "jsonl", "ids", ids), token_field="ids", validation_share=0)
+    corpus = Corpus(write_as(tmp_path / "c", "jsonl", "ids", ids), token_field="ids", validation_share=0)
     spec = Spec(model="unused", corpus=corpus, sites=["x"], context_size=16, n_tokens=1)
     strict = replace(spec, corpus=replace(corpus, strict=True))
     with pytest.raises(CorpusError, match=r"data.jsonl, line 2: token ids outside of the vocabulary"):

@@ -9,10 +9,9 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from codec_cases import WORST, assert_is_the_reference, rows_of, worst_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_codec import WORST, rows_of, worst_case
-from test_statistics import assert_is_the_reference
 from tiny_harvest import tiny_spec
 
 import actcache

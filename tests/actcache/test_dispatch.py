@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_harvest import array_digests
+from digests import array_digests
 from tiny_harvest import SITES, tiny_spec
 
 import actcache

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from replayed import Recorded
-from test_cli import actcache_cli
+from command_line import actcache_here
 from tiny_harvest import SITES
 
 import actcache
@@ -22,11 +21,6 @@ from actcache.store import LocalStore, open_store
 from actcache.verify import verify
 
 DAY_S = 86_400
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory):
-    return Recorded(tmp_path_factory.mktemp("recorded"))
 
 
 @pytest.fixture(scope="module")
@@ -333,18 +327,18 @@ def test_only_datasets_are_removed(tmp_path, littered):
 
 def test_the_command_lines(copy):
     age(copy)
-    listed = actcache_cli("gc", copy, "--dry-run", "--keep", 1)
+    listed = actcache_here("gc", copy, "--dry-run", "--keep", 1)
     assert listed.returncode == 0, listed.stderr
     assert set(LITTER) <= set(listed.stdout.splitlines())
     assert listed.stdout.splitlines()[-1].startswith("would remove 2 manifest versions, ")
-    refused = actcache_cli("rm", copy, stdin=-3)
+    refused = actcache_here("rm", copy)
     assert refused.returncode == 2
     assert "give --yes" in refused.stderr
-    assert actcache_cli("gc", copy, "--grace", "1 day").returncode == 2
+    assert actcache_here("gc", copy, "--grace", "1 day").returncode == 2
     os.utime(copy / LITTER[0])
-    busy = actcache_cli("gc", copy)
+    busy = actcache_here("gc", copy)
     assert busy.returncode == 1
     assert busy.stderr.startswith(f"error: {copy} seems to be written: {LITTER[0]}")
-    gone = actcache_cli("rm", copy, "--yes")
+    gone = actcache_here("rm", copy, "--yes")
     assert gone.returncode == 0, gone.stderr
     assert not copy.exists()

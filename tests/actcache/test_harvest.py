@@ -1,6 +1,5 @@
 """A harvest stores exactly the activations of a plain forward pass, once, whatever happens on the way."""
 
-import hashlib
 import itertools
 import os
 import signal
@@ -14,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from digests import array_digests
+from ray_processes import harvester_processes
 from tiny_harvest import SITES, tiny_spec
 from tiny_models import FAMILIES, tiny_tokenizer
 
@@ -23,16 +24,6 @@ from actcache.lm import load_lm
 from actcache.store import open_store
 
 ARRAYS = ("token_id", "sequence", "position", "input_ids", "length")
-
-
-def array_digests(url):
-    """sha256 of every array as plain zarr reads it."""
-    out = {}
-    for split, group in zarr.open_group(url, mode="r").groups():
-        for path, node in group.members(max_depth=None):
-            if isinstance(node, zarr.Array):
-                out[f"{split}/{path}"] = hashlib.sha256(np.ascontiguousarray(node[:]).tobytes()).hexdigest()
-    return out
 
 
 def shard_files(url):
@@ -252,7 +243,7 @@ def test_identity_depends_on_what_decides_values_and_on_nothing_else(tmp_path):
     assert resolve(replace(spec, corpus=replace(spec.corpus, source=str(moved / "*.txt")))).id == base
 
 
-def run_in_subprocess(tmp_path, engine="local"):
+def run_in_subprocess(tmp_path):
     """A harvest in a process of its own that can be killed."""
     code = f"""
 import sys
@@ -260,8 +251,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from tiny_harvest import tiny_spec
 import actcache
-actcache.harvest(tiny_spec(Path({str(tmp_path)!r}), n_tokens=6000), {str(tmp_path / "root")!r}, engine={engine!r},
-                 workers=2, progress=False)
+actcache.harvest(tiny_spec(Path({str(tmp_path)!r}), n_tokens=6000), {str(tmp_path / "root")!r}, progress=False)
 """
     return subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], start_new_session=True)
 
@@ -308,13 +298,6 @@ def test_ray_actors_and_the_local_engine_store_the_same_bytes(tiny, tmp_path, ra
     assert array_digests(by_ray.url) == array_digests(dataset.url)
 
 
-def ancestors(pid):
-    """Process ids from the parent of `pid` upwards."""
-    while pid > 1:
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        yield pid
-
-
 @pytest.mark.ray
 def test_a_killed_actor_costs_nothing_but_time(tiny, tmp_path, ray_session):
     """An actor is killed with SIGKILL as soon as it has committed its first block."""
@@ -329,15 +312,10 @@ def test_a_killed_actor_costs_nothing_but_time(tiny, tmp_path, ray_session):
         deadline = time.monotonic() + 120
         while not list(root.glob("*/_records/*/*.json")) and time.monotonic() < deadline:
             time.sleep(0.005)
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                name = (process / "cmdline").read_text()
-            except OSError:
-                continue
-            if "ray::Harvester" in name and os.getpid() in ancestors(int(process.name)):
-                os.kill(int(process.name), signal.SIGKILL)
-                killed.append(process.name)
-                return
+        for pid in harvester_processes():
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+            return
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
@@ -401,5 +379,9 @@ def test_blocks_that_fail_are_listed_after_the_rest_is_committed(tmp_path):
     partial = actcache.open(first.url)
     assert partial.n_rows == 1024
     assert not partial.manifest.complete
+    (aside,) = partial.manifest.provenance["set_aside"]
+    assert (aside["split"], aside["block"]) == ("train", 1)
+    assert f"train/{SITES[0]}/codes/c/1/0" in aside["error"]
+    assert str(root) not in aside["error"]  # the manifest travels, this machine's paths stay
     blocker.rmdir()
     assert actcache.harvest(spec, str(root), progress=False).n_rows == 3072

@@ -9,7 +9,7 @@ from tiny_harvest import SITES, tiny_spec, write_corpus
 
 from actcache.corpus import tokenise
 from actcache.driver import resolve
-from actcache.harvester import Harvester, Job
+from actcache.harvester import Harvester
 from actcache.store import open_store
 
 LIBC = ctypes.CDLL(None)
@@ -30,19 +30,7 @@ def test_memory_does_not_grow_over_200_blocks(tmp_path):
     resolved = resolve(spec)
     root = open_store(str(tmp_path / "root"))
     tokens = tokenise(spec, resolved.corpus, resolved.tokenizer, root, progress=False)
-    job = Job(
-        identity=resolved.identity,
-        dataset_url=str(tmp_path / "root" / "dataset"),
-        tokens_url=tokens.store.url,
-        storage_options={},
-        model=spec.model,
-        model_revision=None,
-        sites=resolved.sites,
-        lm_batch=16,
-        device="cpu",
-        threads=0,
-    )
-    harvester = Harvester(job)
+    harvester = Harvester(resolved.job(str(tmp_path / "root" / "dataset"), tokens.store.url, lm_batch=16))
     harvester.calibrate()
     before = 0
     for block in range(N_BLOCKS):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import zarr
 from killing import Nursery
-from replayed import Recorded
 from tiny_harvest import SITES
 from watched import Watched
 
@@ -21,11 +20,6 @@ from actcache.store import open_store
 EXTENT = {"n_tokens": 2048, "test_blocks": 0}
 ARRAYS = ("token_id", "sequence", "position")
 WRITE = "(create|swap) "
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory):
-    return Recorded(tmp_path_factory.mktemp("recorded"))
 
 
 @pytest.fixture(scope="module")

@@ -169,6 +169,10 @@ def test_a_checkpoint_that_is_not_whole_is_refused(lm_dir):
     save_file(weights, lm_dir / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SpecError, match=r"lacks weights for 1 tensors \(model.layers.1.mlp.up_proj.weight\)"):
         load_lm(str(lm_dir))
+    whole = (lm_dir / "model.safetensors").read_bytes()
+    (lm_dir / "model.safetensors").write_bytes(whole[:1000])  # as a download that was cut off leaves it
+    with pytest.raises(SpecError, match="cannot be loaded .*header"):
+        load_lm(str(lm_dir))
     (lm_dir / "model.safetensors").unlink()
     with pytest.raises(SpecError, match=r"cannot be loaded .*no file named model\.safetensors") as caught:
         load_lm(str(lm_dir))
@@ -178,6 +182,8 @@ def test_a_checkpoint_that_is_not_whole_is_refused(lm_dir):
 def test_an_impossible_device_is_refused(lm_dir):
     with pytest.raises(SpecError, match="cannot be put on device 'cuda:99'"):
         load_lm(str(lm_dir), device="cuda:99")
+    with pytest.raises(SpecError, match="'meta', where nothing is computed"):
+        load_lm(str(lm_dir), device="meta")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])

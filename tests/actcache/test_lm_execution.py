@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_install import make_venv
 from tiny_harvest import tiny_spec
 from tiny_models import N_BLOCKS, save_tiny_lm, tiny_model, tokens
 from torch import nn
+from venvs import make_venv
 
 import actcache
 from actcache import lm

@@ -37,11 +37,6 @@ EXTENTS = st.fixed_dictionaries(
 DEATHS = st.one_of(st.none(), st.tuples(st.integers(0, 60), st.booleans()))
 
 
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory):
-    return Recorded(tmp_path_factory.mktemp("recorded"))
-
-
 def reference(recorded):
     """Every row of every split and what it decodes to, from tokens, activations and calibrations alone."""
     store, tokens = DictStore(), recorded.tokens

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_harvest import ancestors, array_digests
+from digests import array_digests
+from ray_processes import harvester_processes
 from tiny_harvest import tiny_spec
 
 import actcache
@@ -27,18 +28,6 @@ def undisturbed(tmp_path_factory):
     directory = tmp_path_factory.mktemp("undisturbed")
     spec = tiny_spec(directory, n_tokens=6000)
     return spec, array_digests(actcache.harvest(spec, str(directory / "root"), progress=False).url)
-
-
-def harvester_processes():
-    """Process ids of this session's actors."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if "ray::Harvester" in (process / "cmdline").read_text() and os.getpid() in ancestors(
-                int(process.name)
-            ):
-                yield int(process.name)
-        except OSError:
-            continue
 
 
 def test_workers_that_find_no_place_are_not_waited_for(undisturbed, tmp_path, ray_session):

@@ -1,17 +1,10 @@
 """The replayed harvest is the real one, LM aside."""
 
 import numpy as np
-import pytest
-from replayed import Recorded
 from tiny_harvest import SITES
 
 import actcache
 from actcache.store import open_store
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory):
-    return Recorded(tmp_path_factory.mktemp("recorded"))
 
 
 def test_a_replayed_harvest_stores_what_a_real_one_does(recorded, tmp_path):

@@ -1,6 +1,5 @@
 """Documents of every kind of file: the same texts from each, and what cannot be read counted or named."""
 
-import gzip
 import json
 
 import fsspec
@@ -8,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from corpora import write_as
 from pyarrow.feather import write_feather
 from tiny_harvest import write_corpus
 
@@ -94,55 +94,12 @@ IDS = [[5, 6, 7], [8], [9, 10]]
 CHATS = [[{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}] for i in range(3)]
 
 
-def write(directory, kind, field, values):
-    """A corpus of `values` as one file (text: several) of the kind; returns its source."""
-    directory.mkdir()
-    table = pa.table({"other": list(range(len(values))), field: values})
-    lines = "".join(json.dumps({"other": 0, field: v}) + "\n" for v in values).encode()
-    if kind == "text":
-        for i, value in enumerate(values):
-            (directory / f"{i:04d}.txt").write_text(value)
-        return f"{directory}/*.txt"
-    if kind == "saved":
-        for i in range(2):
-            half = table.slice(2) if i else table.slice(0, 2)
-            with pa.ipc.new_stream(directory / f"data-{1 - i}.arrow", half.schema) as stream:
-                stream.write_table(half)
-        (directory / "cache-1.arrow").write_bytes(b"left by datasets, no part of it")
-        files = [{"filename": "data-1.arrow"}, {"filename": "data-0.arrow"}]
-        (directory / "state.json").write_text(json.dumps({"_data_files": files, "_split": None}))
-        return str(directory)
-    path = directory / f"data.{kind}"
-    if kind == "parquet":
-        pq.write_table(table, path, row_group_size=2)
-    elif kind == "feather":
-        with pa.ipc.new_file(path, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as file:
-            file.write_table(table, max_chunksize=2)
-    elif kind == "arrow":
-        with pa.ipc.new_stream(path, table.schema) as stream:
-            stream.write_table(table)
-    elif kind == "jsonl.gz":
-        path.write_bytes(gzip.compress(lines))
-    elif kind == "jsonl.zst":
-        path.write_bytes(_zstd(lines))
-    else:
-        path.write_bytes(lines)
-    return str(path)
-
-
-def _zstd(data):
-    sink = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(sink, "zstd") as stream:
-        stream.write(data)
-    return sink.getvalue().to_pybytes()
-
-
 ROWS = ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow", "feather", "saved"]
 
 
 @pytest.mark.parametrize("kind", ["text", *ROWS])
 def test_every_kind_of_file_gives_the_same_texts_and_says_where_they_are(tmp_path, kind):
-    resolved = resolve_corpus(Corpus(write(tmp_path / "c", kind, "text", TEXTS)))
+    resolved = resolve_corpus(Corpus(write_as(tmp_path / "c", kind, "text", TEXTS)))
     found = list(documents(resolved, Skipped(strict=True)))
     assert [d.content for d in found] == TEXTS
     places = {"text": [(0, 0), (1, 0), (2, 0)], "saved": [(0, 0), (0, 1), (1, 0)]}
@@ -152,15 +109,15 @@ def test_every_kind_of_file_gives_the_same_texts_and_says_where_they_are(tmp_pat
 
 @pytest.mark.parametrize("kind", ROWS)
 def test_every_kind_of_file_gives_the_same_tokens_and_chats(tmp_path, kind):
-    found, _ = read(write(tmp_path / "ids", kind, "ids", IDS), token_field="ids")
+    found, _ = read(write_as(tmp_path / "ids", kind, "ids", IDS), token_field="ids")
     assert [ids.tolist() for ids in found] == IDS
-    found, _ = read(write(tmp_path / "chats", kind, "messages", CHATS), chat_field="messages")
+    found, _ = read(write_as(tmp_path / "chats", kind, "messages", CHATS), chat_field="messages")
     assert found == CHATS
 
 
 @pytest.mark.parametrize("kind", ["text", *ROWS])
 def test_a_remote_corpus_is_read_as_a_local_one(tmp_path, kind):
-    source = write(tmp_path / "c", kind, "text", TEXTS)
+    source = write_as(tmp_path / "c", kind, "text", TEXTS)
     fs = fsspec.filesystem("memory")
     folder = f"/corpus-{kind}"
     for path in (tmp_path / "c").iterdir():
@@ -222,7 +179,7 @@ def test_a_bad_line_is_counted_by_its_reason_and_named_by_a_strict_corpus(tmp_pa
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "feather"])
 def test_bad_tokens_and_chats_are_counted_alike_in_every_format(tmp_path, kind, options, value, reason):
     good = [1, 2] if "token_field" in options else CHATS[0]
-    found, skipped = read(write(tmp_path / "c", kind, "f", [good, value, good]), **options)
+    found, skipped = read(write_as(tmp_path / "c", kind, "f", [good, value, good]), **options)
     assert len(found) == 2
     assert skipped == {reason: 1}
 
@@ -260,7 +217,7 @@ def test_a_column_of_another_type_is_one_clear_error(tmp_path, column, options, 
 
 @pytest.mark.parametrize("kind", ["jsonl.gz", "parquet", "arrow", "feather"])
 def test_a_truncated_file_is_an_error_that_names_it_even_if_not_strict(tmp_path, kind):
-    source = write(tmp_path / "c", kind, "text", [f"document {i} {i * i}" for i in range(300)])
+    source = write_as(tmp_path / "c", kind, "text", [f"document {i} {i * i}" for i in range(300)])
     path = tmp_path / "c" / f"data.{kind}"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(CorpusError, match=f"data.{kind}"):
@@ -268,7 +225,7 @@ def test_a_truncated_file_is_an_error_that_names_it_even_if_not_strict(tmp_path,
 
 
 def test_a_dataset_dict_asks_for_one_of_its_splits(tmp_path):
-    write(tmp_path / "train", "saved", "text", TEXTS)
+    write_as(tmp_path / "train", "saved", "text", TEXTS)
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     with pytest.raises(CorpusError, match="holds the splits train, test; give .*/train"):
         read(tmp_path)
@@ -290,7 +247,7 @@ def test_fields_that_exclude_each_other_are_refused(tmp_path):
 
 
 def test_strict_is_no_part_of_the_identity_and_the_field_is(tmp_path):
-    source = write(tmp_path / "c", "jsonl", "text", TEXTS)
+    source = write_as(tmp_path / "c", "jsonl", "text", TEXTS)
     plain = resolve_corpus(Corpus(source)).identity()
     assert resolve_corpus(Corpus(source, strict=True)).identity() == plain
     assert resolve_corpus(Corpus(source, text_field="other")).identity() != plain

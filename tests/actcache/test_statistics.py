@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from codec_cases import assert_is_the_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,28 +31,6 @@ def statistics_in_parts(acts, stored, cuts, calibration):
             for n, e in zip(cuts, ends, strict=True)
         ]
     )
-
-
-def assert_is_the_reference(found, acts, stored, calibration):
-    """Within 1e-6 of the one-pass float64 figures: relative, means relative to the channel's size."""
-    core = ((acts.astype(np.float64) - calibration.median_D) ** 2).sum(1) <= calibration.radius2
-    exact, error = stored.astype(np.float64), stored.astype(np.float64) - acts
-    assert found.n_rows == len(acts)
-    assert found.n_core == core.sum()
-    for mean, m2, part in (
-        (found.mean_D, found.m2_D, exact),
-        (found.core_mean_D, found.core_m2_D, exact[core]),
-    ):
-        size = np.abs(part).max(axis=0)
-        assert (np.abs(mean - part.mean(axis=0)) <= 1e-6 * size).all()
-        noise = 1e-6 * len(part) * (size * 2.0**-24) ** 2  # the centre is a float32 number
-        assert (np.abs(m2 - ((part - part.mean(axis=0)) ** 2).sum(axis=0)) <= 1e-6 * m2 + noise).all()
-    assert found.norm_sum == pytest.approx(np.linalg.norm(exact, axis=1).sum(), rel=1e-6)
-    # the difference of two float32 numbers is rounded to 2^-24 of itself
-    assert found.sse == pytest.approx((error**2).sum(), rel=1e-6)
-    assert found.core_sse == pytest.approx((error[core] ** 2).sum(), rel=1e-6)
-    assert found.max_abs == np.abs(stored).max()
-    assert found.max_error == pytest.approx(np.abs(error).max(), rel=1e-6)
 
 
 @given(

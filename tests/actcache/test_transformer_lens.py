@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_install import make_venv
 from tiny_models import FAMILIES, N_BLOCKS, save_tiny_lm, shared_model, tokens
+from venvs import make_venv
 
 from actcache.capture import run_capture, site_names
 

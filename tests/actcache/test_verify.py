@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import actcache_here
 from replayed import Recorded
-from test_cli import actcache_cli
 from tiny_harvest import SITES, tiny_spec
 
 import actcache
@@ -26,11 +26,6 @@ from actcache.store import open_store
 from actcache.verify import verify
 
 CODES = f"train/{SITES[0]}/codes"
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory):
-    return Recorded(tmp_path_factory.mktemp("recorded"))
 
 
 @pytest.fixture(scope="module")
@@ -246,11 +241,11 @@ def test_replay_with_another_model_is_refused(tiny, tmp_path):
 def test_the_command_line_prints_every_problem_and_fails(copy):
     (copy / CODES / "c/0/0").unlink()
     (copy / "zarr.json").write_text("{}")
-    done = actcache_cli("verify", copy, "--deep")
+    done = actcache_here("verify", copy, "--deep")
     assert done.returncode == 1
     assert done.stderr.count("problem: ") == 2
     assert done.stderr.splitlines()[-1] == f"error: {copy} has 2 problems"
-    described = json.loads(actcache_cli("verify", copy, "--json").stdout)
+    described = json.loads(actcache_here("verify", copy, "--json").stdout)
     assert len(described["problems"]) == 2
     assert described["checked"]["manifest version"] == 1
 
