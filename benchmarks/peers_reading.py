@@ -171,8 +171,10 @@ def compare(options: argparse.Namespace) -> None:
             readers += child.readers()
         for i in range(options.passes + 1):
             for reader in readers:
-                reader.passes.append(reader.take())
-            print(f"pass {i} of {options.passes} done", file=sys.stderr)
+                took = reader.take()
+                reader.passes.append(took)
+                shown = f"{reader.name} {reader.settings} {took['rows_per_s']:,.0f} rows/s"
+                print(f"pass {i} of {options.passes}: {shown}", file=sys.stderr)
     finally:
         for child in children:
             child.close()
