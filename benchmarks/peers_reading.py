@@ -33,6 +33,7 @@ import argparse
 import importlib.machinery
 import importlib.metadata
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -274,8 +275,6 @@ def serve(options: argparse.Namespace) -> None:
 
 def written(directory: Path, write: Callable[[], None]) -> None:
     """Write a copy once; one that was left half written is written again."""
-    import shutil
-
     if not (directory / "made").exists():
         shutil.rmtree(directory, ignore_errors=True)
         write()
@@ -300,6 +299,7 @@ def saelens(acts_ND: np.ndarray, directory: Path, samples: int) -> tuple[dict[st
         cache = directory.with_suffix(".cache")
         made = datasets.Dataset.from_generator(contexts, features=features, cache_dir=str(cache))
         made.save_to_disk(directory)
+        shutil.rmtree(cache)
 
     def take(workers: int) -> Iterator[Any]:
         store = ActivationsStore(
