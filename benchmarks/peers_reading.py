@@ -1,28 +1,47 @@
 """Shuffled reading of the same rows by actcache, SAELens, MosaicML streaming and LitData, rows/s.
 
-Each peer gets an environment of its own under --work, made here, its own copy of the rows in float32
-in the format that it documents, and the settings below; each runs in one process tree on the same
-machine, in turns, and the median of --passes whole epochs is printed, after one that is not counted.
+Each peer gets an environment of its own under --work, made here, its own copy of the rows in float32 in
+the format that it documents, and what its documentation and source offer for a high rate of small samples
+of one size. Local disk; batches of 4096 rows as one float32 tensor. The readers take turns, pass by pass,
+and medians are printed: a JSON line for each setting, then one of ratios to actcache.
 
-- actcache: `ds.stream(site, batch_size=4096)`, with and without row metadata.
-- SAELens: `ActivationsStore` over cached activations (`save_to_disk`, rows of whole contexts), its
-  default mixing fraction 0.5 and a buffer of 64 batches of 16 prompts; mixing 0 is shown too.
-- MosaicML streaming: MDS, one sample a row (`ndarray:float32:D`), no compression, `shuffle=True`
-  (py1e), a `DataLoader` with `batch_size=4096` and --workers workers.
-- LitData: `optimize` with 64 MB chunks, one sample a row, `shuffle=True`, `StreamingDataLoader` with
-  --workers workers.
+Two forms of a sample, since the libraries' cost is by sample:
+
+- `row`, like for like: each row is a sample, so that rows are shuffled as such.
+- `run`, friendliest: a sample is --run consecutive stored rows, a batch a few samples. What is lost: a
+  run is never mixed, in no epoch. Here its rows are a random draw from a block of 131,072 because actcache
+  stored them so; in rows that the peer's own writer got from an LM they would be neighbours in one text.
+
+The settings:
+
+- actcache: `ds.stream(site, batch_size=4096)`, with and without row metadata, which no peer gives.
+- SAELens: `ActivationsStore` over cached activations (`save_to_disk`, contexts of 256 rows), a mixing
+  buffer of 64 batches of 16 prompts; form `row` is its default mixing fraction 0.5, `run` is fraction 0,
+  where rows come in stored order.
+- MosaicML streaming: MDS without compression or hashes, `ndarray:float32:...` of fixed size (no size
+  header, no pickle), shards of 64 MiB, `shuffle=True` (py1e), one canonical node, nothing to download.
+- LitData: `TokensLoader`, its loader of items of one size: values without headers, memory-mapped, one
+  `torch.frombuffer` a sample; chunks of 64 MB, `shuffle=True`, `StreamingDataLoader`.
+- The last two with 0, 1 and 2 worker processes (--workers), samples joined by one call for a batch; the
+  best count is compared.
+
+A pass of actcache is an epoch from its start. A pass of a peer ends after --pass-rows rows, and its rate
+is the better of that from the start and that after the first batch, which leaves its preparations out.
 """
 
 import argparse
 import importlib.machinery
 import importlib.metadata
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 import types
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,56 +49,201 @@ import numpy as np
 
 CONTEXT = 256
 BATCH = 4096
+FORMS = ("row", "run")
+REPLY = "@@"
+"""Begins a child's line that is meant for us; libraries print too."""
 PEERS = {
     "saelens": ["torch==2.13.0", "sae-lens"],
     "mosaicml": ["torch==2.13.0", "mosaicml-streaming"],
     "litdata": ["torch==2.13.0", "litdata"],
 }
-Epoch = Callable[[], Iterator[int]]
-"""Starts one shuffled pass and gives the rows of each batch."""
+PACKAGES = {"saelens": "sae-lens", "mosaicml": "mosaicml-streaming"}
+Pass = Callable[[int], Iterator[Any]]
+"""Starts a shuffled pass with so many workers and gives its batches."""
+
+
+@dataclass
+class Reader:
+    """One setting of one library, and what its passes took."""
+
+    name: str
+    settings: dict[str, Any]
+    take: Callable[[], dict[str, Any]]
+    """Reads a pass."""
+    passes: list[dict[str, Any]] = field(default_factory=list)
+
+    def line(self) -> dict[str, Any]:
+        """Medians of the passes, the first left out."""
+        kept = self.passes[1:]
+        middle = {
+            key: statistics.median(p[key] for p in kept)
+            for key in ("rows_per_s", "after_first_per_s", "first_batch_s")
+        }
+        best = middle["rows_per_s"]
+        if self.name != "actcache":
+            best = max(best, middle["after_first_per_s"])
+        return {
+            "reader": self.name,
+            **self.settings,
+            "rows_per_s": round(middle["rows_per_s"]),
+            "after_first_rows_per_s": round(middle["after_first_per_s"]),
+            "compared_rows_per_s": round(best),
+            "compared_mval_per_s": round(best * kept[-1]["d_in"] / 1e6, 1),
+            "first_batch_s": round(middle["first_batch_s"], 3),
+            "rows_a_pass": kept[-1]["rows"],
+            "passes": len(kept),
+        }
+
+
+def timed(batches: Iterator[Any], pass_rows: int | None) -> dict[str, Any]:
+    """Read a pass, or as many of its rows; the first batch must be what the comparison is about."""
+    start = time.perf_counter()
+    n_rows, first_s, first_rows = 0, 0.0, 0
+    for batch in batches:
+        if not n_rows:
+            first_s, first_rows = time.perf_counter() - start, len(batch)
+            d_in = batch.shape[1]
+            assert batch.shape == (BATCH, d_in), batch.shape
+            assert str(batch.dtype).endswith("float32"), batch.dtype
+        n_rows += len(batch)
+        if pass_rows is not None and n_rows >= pass_rows:
+            break
+    took = time.perf_counter() - start
+    return {
+        "rows": n_rows,
+        "d_in": d_in,
+        "rows_per_s": n_rows / took,
+        "after_first_per_s": (n_rows - first_rows) / (took - first_s),
+        "first_batch_s": first_s,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("url", help="a dataset, e.g. that of `make demo`: demo-out/datasets/NAME")
+    parser.add_argument("--dataset", help="URL, e.g. demo-out/datasets/NAME; one is harvested by default")
     parser.add_argument("--work", type=Path, default=Path("peers-reading"), help="environments and copies")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
-    parser.add_argument("--rows", type=int, default=131_072, help="at most; a multiple of 256 is taken")
-    parser.add_argument("--passes", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=2, help="of the peers' loaders")
-    parser.add_argument("--child", choices=list(PEERS), help=argparse.SUPPRESS)
+    parser.add_argument("--forms", nargs="*", default=list(FORMS), choices=FORMS)
+    parser.add_argument("--rows", type=int, default=2**22, help="the peers' copies; multiples of 4096 count")
+    parser.add_argument("--pass-rows", type=int, default=2**20, help="a peer's pass ends here")
+    parser.add_argument("--passes", type=int, default=5, help="of each reader, after one that is not counted")
+    parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2], help="of the peers' loaders")
+    parser.add_argument("--run", type=int, default=64, help="rows of a sample of form run; divides 4096")
+    parser.add_argument("--child", nargs=3, metavar=("PEER", "FORM", "ROWS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.run < 1 or BATCH % options.run:
+        parser.error(f"--run is {options.run}; it must divide {BATCH}, e.g. 64")
     if options.child:
-        run_child(options)
+        serve(options)
         return
-    import actcache
+    compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Prepare the copies, read in turns, print."""
+    from hardware import report
+    from rows import open_or_harvest
+
     from actcache import interop
 
-    dataset = actcache.open(options.url)
+    dataset = open_or_harvest(options.dataset, options.work / "datasets", options.rows)
     site = dataset.sites[-1]
-    options.work.mkdir(parents=True, exist_ok=True)
-    n_rows = min(options.rows, dataset.n_rows) // CONTEXT * CONTEXT
-    rows = options.work / "rows.npy"
-    rows.unlink(missing_ok=True)
-    interop.export_npy(dataset, site, rows, stop=n_rows)
-    for metadata in (False, True):
+    n_rows = min(options.rows, dataset.n_rows) // BATCH * BATCH
+    rows = options.work / f"{dataset.id[:12]}-{n_rows}.npy"
+    if not rows.exists():
+        part = rows.with_suffix(".part.npy")
+        part.unlink(missing_ok=True)
+        interop.export_npy(dataset, site, part, stop=n_rows)
+        part.rename(rows)
 
-        def epoch(metadata: bool = metadata) -> Iterator[int]:
-            return map(len, dataset.stream(site, batch_size=BATCH, metadata=metadata))
+    def streamed(metadata: bool) -> Iterator[Any]:
+        for batch in dataset.stream(site, batch_size=BATCH, metadata=metadata):
+            yield batch[site]
 
-        figures = {"metadata": metadata, "rows": dataset.n_rows, "d_in": dataset.d_in(site)}
-        print_line("actcache", figures | measured(epoch, dataset.d_in(site), options.passes))
-    for peer in options.peers:
+    readers = [
+        Reader("actcache", {"metadata": metadata}, lambda m=metadata: timed(streamed(m), None))
+        for metadata in (True, False)
+    ]
+    children = [Child(peer, form, rows, options) for peer in options.peers for form in options.forms]
+    try:
+        for child in children:
+            readers += child.readers()
+        for i in range(options.passes + 1):
+            for reader in readers:
+                took = reader.take()
+                reader.passes.append(took)
+                shown = f"{reader.name} {reader.settings} {took['rows_per_s']:,.0f} rows/s"
+                print(f"pass {i} of {options.passes}: {shown}", file=sys.stderr)
+    finally:
+        for child in children:
+            child.close()
+    lines = [reader.line() for reader in readers]
+    for line in lines:
+        report("peers_reading", **line, peer_versions=versions_of(line["reader"], children))
+    report("peers_reading", reader="ratios", rows=n_rows, actcache_rows=dataset.n_rows, **ratios(lines))
+
+
+def ratios(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """actcache with metadata over the best workers' count of each peer and form."""
+    best: dict[str, float] = {}
+    for line in lines:
+        if line["reader"] != "actcache":
+            name = f"{line['reader']}_{line['form']}"
+            best[name] = max(best.get(name, 0.0), line["compared_rows_per_s"])
+    ours = next(line["compared_rows_per_s"] for line in lines if line.get("metadata"))
+    return {f"actcache_over_{name}": round(ours / rate, 2) for name, rate in best.items()}
+
+
+class Child:
+    """A process in a peer's environment that reads when told to, between others' passes."""
+
+    def __init__(self, peer: str, form: str, rows: Path, options: argparse.Namespace) -> None:
+        self.peer, self.form = peer, form
+        self._workers = [0] if peer == "saelens" else options.workers
         python = make_environment(options.work / f"venv-{peer}", PEERS[peer])
-        flags = ["--work", options.work, "--passes", options.passes, "--workers", options.workers]
-        command = [python, __file__, options.url, "--child", peer, *map(str, flags)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            print_line(peer, {"failed": done.stderr.strip().splitlines()[-1:]})
-        else:
-            print(done.stdout.strip(), flush=True)
+        flags = {"work": options.work, "pass-rows": options.pass_rows, "run": options.run}
+        command = [str(python), __file__, "--child", peer, form, str(rows)]
+        command += [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+        self._log = options.work / f"{peer}-{form}.log"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        self.about = self._reply()  # the copy is written
+
+    def readers(self) -> list[Reader]:
+        """One for each count of workers."""
+        found = []
+        for workers in self._workers:
+            settings = {"form": self.form, **self.about["settings"]}
+            if self.peer != "saelens":
+                settings["workers"] = workers
+            found.append(Reader(self.peer, settings, lambda w=workers: self._pass(w)))
+        return found
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _pass(self, workers: int) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        print(workers, file=self._process.stdin, flush=True)
+        return self._reply()
+
+    def _reply(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(REPLY):
+                return dict(json.loads(line.removeprefix(REPLY)))
+        last = self._log.read_text().strip().splitlines()[-1:]
+        raise SystemExit(f"{self.peer}, form {self.form}, ended: {''.join(last)}; see {self._log}")
+
+
+def versions_of(reader: str, children: list[Child]) -> dict[str, str]:
+    return next((child.about["versions"] for child in children if child.peer == reader), {})
 
 
 def make_environment(directory: Path, packages: list[str]) -> Path:
@@ -87,114 +251,109 @@ def make_environment(directory: Path, packages: list[str]) -> Path:
     python = directory.absolute() / "bin" / "python"
     if not (directory / "made").exists():
         subprocess.run([sys.executable, "-m", "venv", directory], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
+        for package in packages:  # torch first: the CPU build that it pins stays
+            subprocess.run([python, "-m", "pip", "install", "-q", package, packages[0]], check=True)
         (directory / "made").touch()
     return python
 
 
-def measured(epoch: Epoch, d_in: int, passes: int) -> dict[str, float]:
-    """Rates of the median pass; the first is not counted."""
-    rates, first = [], []
-    for _ in range(passes + 1):
-        start = time.perf_counter()
-        n_rows = 0
-        for n in epoch():
-            if not n_rows:
-                first.append(time.perf_counter() - start)
-            n_rows += n
-        rates.append(n_rows / (time.perf_counter() - start))
-    rate = statistics.median(rates[1:])
-    return {
-        "rows_per_s": round(rate),
-        "mval_per_s": round(rate * d_in / 1e6, 1),
-        "first_batch_s": round(statistics.median(first[1:]), 3),
-        "rows_a_pass": n_rows,
-    }
+def serve(options: argparse.Namespace) -> None:
+    """In the peer's environment: write the rows its way, then a pass for each line of stdin."""
+    peer, form, rows = options.child
+    acts_ND = np.load(rows, mmap_mode="r")
+    directory = options.work / f"{peer}-{Path(rows).stem}"
+    samples = 1 if form == "row" else options.run
+    prepare = {"saelens": saelens, "mosaicml": mosaicml, "litdata": litdata}[peer]
+    settings, take = prepare(acts_ND, directory, samples)
+    known = ("numpy", "torch", PACKAGES.get(peer, peer))
+    versions = {name: importlib.metadata.version(name) for name in known}
+    print(REPLY + json.dumps({"settings": settings, "versions": versions}), flush=True)
+    for line in sys.stdin:
+        with closing(take(int(line))) as batches:  # type: ignore[type-var]
+            print(REPLY + json.dumps(timed(batches, options.pass_rows)), flush=True)
 
 
-def print_line(name: str, figures: dict[str, Any]) -> None:
-    package = {"saelens": "sae-lens", "mosaicml": "mosaicml-streaming"}.get(name, name)
-    versions = {}
-    for known in (package, "numpy", "torch"):
-        try:
-            versions[known] = importlib.metadata.version(known)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    print(
-        json.dumps({"benchmark": "peers_reading", "reader": name, **figures, "versions": versions}),
-        flush=True,
-    )
+def written(directory: Path, write: Callable[[], None]) -> None:
+    """Write a copy once; one that was left half written is written again."""
+    if not (directory / "made").exists():
+        shutil.rmtree(directory, ignore_errors=True)
+        write()
+        (directory / "made").touch()
 
 
-def run_child(options: argparse.Namespace) -> None:
-    """In the peer's environment: write the rows its way, read them, print."""
-    acts_ND = np.load(options.work / "rows.npy", mmap_mode="r")
-    directory = options.work / f"data-{options.child}"
-    prepare = {"saelens": saelens, "mosaicml": mosaicml, "litdata": litdata}[options.child]
-    for settings, epoch in prepare(acts_ND, directory, options.workers):
-        figures = {"rows": len(acts_ND), "d_in": acts_ND.shape[1], **settings}
-        print_line(options.child, figures | measured(epoch, acts_ND.shape[1], options.passes))
-
-
-def saelens(acts_ND: np.ndarray, directory: Path, workers: int) -> Iterator[tuple[dict[str, Any], Epoch]]:
+def saelens(acts_ND: np.ndarray, directory: Path, samples: int) -> tuple[dict[str, Any], Pass]:
     import datasets
     import torch
     from sae_lens.training.activations_store import ActivationsStore
 
     n_rows, d_in = acts_ND.shape
-    if not directory.exists():
+    mixing = 0.5 if samples == 1 else 0.0
+
+    def write() -> None:
         features = datasets.Features({"site": datasets.Array2D(shape=(CONTEXT, d_in), dtype="float32")})
-        sequences = np.asarray(acts_ND).reshape(-1, CONTEXT, d_in)
-        parts = [
-            datasets.Dataset.from_dict({"site": sequences[i : i + 64]}, features=features)
-            for i in range(0, len(sequences), 64)
-        ]
-        datasets.concatenate_datasets(parts).save_to_disk(directory)
-    for mixing in (0.5, 0.0):
 
-        def epoch(mixing: float = mixing) -> Iterator[int]:
-            store = ActivationsStore(
-                model=torch.nn.Module(),
-                dataset=None,
-                streaming=False,
-                hook_name="site",
-                hook_head_index=None,
-                context_size=CONTEXT,
-                d_in=d_in,
-                n_batches_in_buffer=64,
-                total_training_tokens=n_rows,
-                store_batch_size_prompts=16,
-                train_batch_size_tokens=BATCH,
-                prepend_bos=False,
-                normalize_activations="none",
-                device=torch.device("cpu"),
-                dtype="float32",
-                cached_activations_path=str(directory),
-                activations_mixing_fraction=mixing,
-            )
-            for _ in range(n_rows // BATCH):
-                yield len(store.next_batch())
+        def contexts() -> Iterator[dict[str, np.ndarray]]:
+            for i in range(0, n_rows, CONTEXT):
+                yield {"site": acts_ND[i : i + CONTEXT]}
 
-        yield {"mixing": mixing}, epoch
+        cache = directory.with_suffix(".cache")
+        made = datasets.Dataset.from_generator(contexts, features=features, cache_dir=str(cache))
+        made.save_to_disk(directory)
+        shutil.rmtree(cache)
+
+    def take(workers: int) -> Iterator[Any]:
+        store = ActivationsStore(
+            model=torch.nn.Module(),
+            dataset=None,
+            streaming=False,
+            hook_name="site",
+            hook_head_index=None,
+            context_size=CONTEXT,
+            d_in=d_in,
+            n_batches_in_buffer=64,
+            total_training_tokens=n_rows,
+            store_batch_size_prompts=16,
+            train_batch_size_tokens=BATCH,
+            prepend_bos=False,
+            normalize_activations="none",
+            device=torch.device("cpu"),
+            dtype="float32",
+            cached_activations_path=str(directory),
+            activations_mixing_fraction=mixing,
+        )
+        for _ in range(n_rows // BATCH):
+            yield store.next_batch().reshape(BATCH, d_in)
+
+    written(directory, write)
+    return {"mixing": mixing}, take
 
 
-def mosaicml(acts_ND: np.ndarray, directory: Path, workers: int) -> Iterator[tuple[dict[str, Any], Epoch]]:
+def mosaicml(acts_ND: np.ndarray, directory: Path, samples: int) -> tuple[dict[str, Any], Pass]:
     _stand_in_for_torchvision()
     import streaming
     from torch.utils.data import DataLoader
 
-    d_in = acts_ND.shape[1]
-    if not directory.exists():
-        columns = {"acts": f"ndarray:float32:{d_in}"}
-        with streaming.MDSWriter(out=str(directory), columns=columns) as out:
-            for row in acts_ND:
-                out.write({"acts": np.asarray(row)})
+    n_rows, d_in = acts_ND.shape
+    directory = directory.with_name(f"{directory.name}-{samples}")
+    shape = f"{d_in}" if samples == 1 else f"{samples},{d_in}"
+
+    def write() -> None:
+        with streaming.MDSWriter(out=str(directory), columns={"acts": f"ndarray:float32:{shape}"}) as out:
+            for i in range(0, n_rows, samples):
+                rows_ND = np.array(acts_ND[i : i + samples])
+                out.write({"acts": rows_ND[0] if samples == 1 else rows_ND})
+
+    written(directory, write)
     streaming.base.util.clean_stale_shared_memory()
+    of_batch = BATCH // samples
     dataset = streaming.StreamingDataset(
-        local=str(directory), shuffle=True, batch_size=BATCH, num_canonical_nodes=1
+        local=str(directory), shuffle=True, batch_size=of_batch, num_canonical_nodes=1
     )
-    loader = DataLoader(dataset, batch_size=BATCH, num_workers=workers, persistent_workers=workers > 0)
-    yield {"workers": workers, "shuffle": "py1e"}, lambda: (len(batch["acts"]) for batch in loader)
+
+    def take(workers: int) -> Iterator[Any]:
+        yield from DataLoader(dataset, batch_size=of_batch, num_workers=workers, collate_fn=_Joined(d_in))
+
+    return {"rows_a_sample": samples, "shuffle": "py1e"}, take
 
 
 def _stand_in_for_torchvision() -> None:
@@ -217,34 +376,57 @@ def _placeholder(name: str) -> type:
     return type(name, (), {})
 
 
-def litdata(acts_ND: np.ndarray, directory: Path, workers: int) -> Iterator[tuple[dict[str, Any], Epoch]]:
+def litdata(acts_ND: np.ndarray, directory: Path, samples: int) -> tuple[dict[str, Any], Pass]:
     import litdata as lit
 
-    if not directory.exists():
+    n_rows, d_in = acts_ND.shape
+
+    def write() -> None:
         lit.optimize(
             fn=_Rows(acts_ND.filename),
-            inputs=[(i, min(i + 8192, len(acts_ND))) for i in range(0, len(acts_ND), 8192)],
+            inputs=list(range(0, n_rows, BATCH)),
             output_dir=str(directory),
             chunk_bytes="64MB",
             num_workers=1,
+            item_loader=lit.TokensLoader(block_size=d_in),
         )
-    dataset = lit.StreamingDataset(str(directory), shuffle=True)
-    loader = lit.StreamingDataLoader(
-        dataset, batch_size=BATCH, num_workers=workers, persistent_workers=workers > 0
-    )
-    yield {"workers": workers}, lambda: (len(batch) for batch in loader)
+
+    def take(workers: int) -> Iterator[Any]:
+        loader = lit.TokensLoader(block_size=samples * d_in)
+        dataset = lit.StreamingDataset(str(directory), item_loader=loader, shuffle=True)
+        yield from lit.StreamingDataLoader(
+            dataset, batch_size=BATCH // samples, num_workers=workers, collate_fn=_Joined(d_in)
+        )
+
+    written(directory, write)
+    return {"rows_a_sample": samples}, take
+
+
+class _Joined:
+    """Samples as one tensor [B, D], by one call; loaders copy it to their processes."""
+
+    def __init__(self, d_in: int) -> None:
+        self.d_in = d_in
+
+    def __call__(self, batch: list[Any]) -> Any:
+        import torch
+
+        if isinstance(batch[0], torch.Tensor):
+            return torch.cat(batch).reshape(-1, self.d_in)
+        return torch.from_numpy(np.concatenate([sample["acts"] for sample in batch]).reshape(-1, self.d_in))
 
 
 class _Rows:
-    """The rows of a range, one sample each; litdata calls it in a process of its own."""
+    """The values of BATCH rows as one item, for TokensLoader; litdata calls it in a process of its own."""
 
     def __init__(self, path: Any) -> None:
         self.path = str(path)
 
-    def __call__(self, span: tuple[int, int]) -> Iterator[np.ndarray]:
+    def __call__(self, start: int) -> Any:
+        import torch
+
         acts_ND = np.load(self.path, mmap_mode="r")
-        for row in range(*span):
-            yield np.array(acts_ND[row])
+        return torch.from_numpy(np.array(acts_ND[start : start + BATCH])).reshape(-1)
 
 
 if __name__ == "__main__":

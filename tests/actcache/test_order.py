@@ -3,6 +3,7 @@
 import hashlib
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -81,3 +82,44 @@ def test_default_window_keeps_the_excess_of_same_sequence_rows_below_a_quarter()
         window = default_window(batch, 64, context, block)
         assert window >= 2
         assert batch / 64 * context / (window * block) <= 0.25
+
+
+def partners_beyond_uniform(n_rows, context, window, seeds=4):
+    """Mean over rows of the other rows of their sequence in their batch of 4096, less that of a uniform draw.
+
+    Blocks of 4096 rows and chunks of 128: with sequences of 64 rows, as long as a block allows. Every
+    row of an epoch is counted, for each of some seeds.
+    """
+    block, batch = 4096, 4096
+    kept_N = np.concatenate(
+        [
+            start + permutation(min(block, n_rows - start), "rows", 0, "train", start // block)
+            for start in range(0, n_rows, block)
+        ]
+    )
+    sequence_N, batch_N = kept_N // context, np.arange(n_rows) // batch
+    found = []
+    for seed in range(seeds):
+        order = Order(n_rows=n_rows, chunk_rows=128, seed=seed, epoch=0, lanes=64, window=window)
+        met = np.unique(batch_N * n_rows + sequence_N[order.rows()], return_counts=True)[1]
+        found.append((met * (met - 1)).sum() / n_rows)
+    of_own = (np.bincount(sequence_N).astype(float) ** 2).sum() / n_rows - 1
+    others = (np.bincount(batch_N).astype(float) ** 2).sum() / n_rows - 1
+    return np.mean(found) - others * of_own / (n_rows - 1)
+
+
+@pytest.mark.parametrize("n_rows", [4096, 4097, 12_288, 40_460, 40_960, 73_728, 100_003, 204_800, 335_872])
+@pytest.mark.parametrize("context", [16, 32, 33, 64])
+def test_rows_of_a_sequence_meet_at_most_a_quarter_more_often_than_by_chance(n_rows, context):
+    """At any N, lanes of less than a chunk and a last window of one chunk included, and any T.
+
+    32 and 64 are the longest sequences that the formula serves with windows of 2 and 4 chunks.
+    """
+    window = default_window(4096, 64, context, 4096)
+    assert partners_beyond_uniform(n_rows, context, window) <= 0.25
+
+
+@pytest.mark.parametrize(("context", "window"), [(40, 2), (64, 3)])
+def test_a_window_below_the_default_lets_them_meet_more_often(context, window):
+    assert window == default_window(4096, 64, context, 4096) - 1
+    assert partners_beyond_uniform(335_872, context, window) > 0.25
