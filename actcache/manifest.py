@@ -221,6 +221,18 @@ _GROUP_ROWS = 256
 that it wants, and what a group costs (some 2 kB) stays a few percent of it."""
 
 
+_ENCODING: dict[str, dict[str, Any]] = {
+    "objects": {
+        # no dictionaries of what hardly repeats: 30 % fewer bytes
+        "use_dictionary": ["split", "sites", "path", "constant"],
+        "column_encoding": {
+            f"{name}.list.element": "DELTA_BINARY_PACKED" for name in ("chunk_offset", "chunk_nbytes")
+        },
+    },
+    "statistics": {},
+}
+
+
 def write_segment(store: Store, records: Sequence[BlockRecord]) -> Segment:
     """Compact records into two immutable parquet files, named by their content."""
     objects, statistics = [], []
@@ -247,7 +259,7 @@ def store_segment(store: Store, objects: pa.Table, statistics: pa.Table, n_recor
     for kind, table in (("objects", objects), ("statistics", statistics)):
         ends = _group_ends(table["path"]) if kind == "objects" else [len(table)]
         sink = io.BytesIO()
-        with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        with pq.ParquetWriter(sink, table.schema, compression="zstd", **_ENCODING[kind]) as writer:
             for begin, end in zip([0, *ends], ends, strict=False):
                 writer.write_table(table.slice(begin, end - begin))
         data = sink.getvalue()

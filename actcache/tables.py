@@ -139,11 +139,9 @@ def shard_table(path: str, n: int, parts: Sequence[pa.Table]) -> ShardTable:
         FormatError: a shard is missing, or a chunk table is not of one length or absurd.
     """
     batches = [batch for part in parts for batch in part.to_batches() if len(batch)]
-    shards = np.unique(np.concatenate([[], *(b["shard"].to_numpy() for b in batches)]).astype(np.int64))
-    if len(shards) < n or not np.array_equal(shards[:n], np.arange(n)):
-        raise FormatError(
-            f"the manifest lists {len(shards)} shards of {path}; {n} are committed. Harvest again"
-        )
+    listed = _n_listed(n, [batch["shard"].to_numpy() for batch in batches])
+    if listed < n:
+        raise FormatError(f"the manifest lists {listed} shards of {path}; {n} are committed. Harvest again")
     widths = np.unique([x for b in batches for x in _width_bounds(b["chunk_offset"])])
     if len(widths) != 1 or not 1 <= widths[0] <= _MAX_CHUNKS:
         raise FormatError(
@@ -189,6 +187,16 @@ def shard_table(path: str, n: int, parts: Sequence[pa.Table]) -> ShardTable:
         table.chunk_offset[to], table.chunk_nbytes[to] = offset_MC[here], nbytes_MC[here]
         table.chunk_crc32c[to] = crc32c_MC[here]
     return table
+
+
+def _n_listed(n: int, shards: Sequence[np.ndarray]) -> int:
+    """How many of the shards 0..n-1 are among some; none if there are negative ones."""
+    if sum(map(len, shards)) < n or min(int(s.min()) for s in shards) < 0:
+        return 0
+    listed_N = np.zeros(n, bool)
+    for shard_M in shards:
+        listed_N[shard_M[shard_M < n]] = True
+    return int(np.count_nonzero(listed_N))
 
 
 def _width_bounds(lists: pa.Array) -> tuple[int, int]:
