@@ -259,6 +259,8 @@ class ParquetFile:
             )
             table = file.read_row_groups(list(groups), columns=schema.names, use_threads=False)
             table = table.select(schema.names)
+            for name in texts:
+                table[name].validate(full=True)  # Parquet does not see that text is UTF-8
             if not encoded:
                 for name in texts:
                     table = _expand(table, name, schema.field(name).type, self._limit)

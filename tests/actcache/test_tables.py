@@ -1,5 +1,6 @@
 """Chunk tables: decoded array by array, from segments in any order, in few requests and bounded memory."""
 
+import contextlib
 import io
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,10 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from synthetic import LOSSES, SITES, Synthetic
 from watched import DictStore, Watched
 
-from actcache.errors import CorruptObject, FormatError
+from actcache.errors import ActcacheError, CorruptObject, FormatError
 from actcache.layout import n_shards
 from actcache.manifest import OBJECTS, read_manifest, read_segment_table
 from actcache.reader import Dataset, _Shared
@@ -240,3 +243,32 @@ def test_row_groups_that_are_small_alone_are_refused_once_they_are_large_togethe
     objects = SegmentObjects(file)
     with pytest.raises(FormatError, match="decode"):
         objects.take("train/x")
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_changed_bytes_give_a_table_or_a_refusal(small, data):
+    """Footers, page headers, levels and text are the attacker's: whatever they say, one kind of error."""
+    _, store = small
+    segment = min(read_manifest(store).segments, key=lambda s: s.n_records)
+    raw = bytearray(store.read(segment.objects))
+    for _ in range(data.draw(st.integers(1, 6))):
+        raw[data.draw(st.integers(4, len(raw) - 5))] = data.draw(st.integers(0, 255))
+    try:
+        objects = SegmentObjects(ParquetFile(bytes(raw), OBJECTS, "here"))
+    except ActcacheError:
+        return
+    for path in objects.paths:
+        with contextlib.suppress(ActcacheError):
+            assert shard_table(path, 3, objects.take(path)).path == path
+
+
+def test_a_path_that_is_no_text_is_refused(small):
+    _, store = small
+    segment = read_manifest(store).segments[0]
+    rows = read_segment_table(store, segment.objects, segment.objects_sha256)
+    sink = io.BytesIO()
+    pq.write_table(rows, sink, compression="none")
+    raw = sink.getvalue().replace(b"train/token_id", b"train/token_\xff\xff")
+    with pytest.raises(FormatError, match="here"):
+        SegmentObjects(ParquetFile(raw, OBJECTS, "here"))
