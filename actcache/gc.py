@@ -172,12 +172,13 @@ class _Named:
         self.places: set[tuple[str, int]] = set()
         """(path of the array, number of the shard)."""
         for s in segments.values():
-            table = read_segment_table(store, s.objects, s.objects_sha256)
+            table = read_segment_table(store, s.objects, s.objects_sha256, ("path", "shard"))
             self.places |= set(zip(table["path"].to_pylist(), table["shard"].to_pylist(), strict=True))
         self.held = set()
         for s in kept[-1].segments:
-            table = read_segment_table(store, s.statistics, s.statistics_sha256)
-            columns = zip(*(table[name].to_pylist() for name in ("split", "block", "sites")), strict=True)
+            names = ("split", "block", "sites")
+            table = read_segment_table(store, s.statistics, s.statistics_sha256, names)
+            columns = zip(*(table[name].to_pylist() for name in names), strict=True)
             self.held |= {record_key(split, block, sites.split(",")) for split, block, sites in columns}
         self.loose = set(record_keys) - self.held
         for key in sorted(self.loose):

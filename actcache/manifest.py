@@ -9,7 +9,6 @@ import base64
 import hashlib
 import io
 import logging
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,9 +28,9 @@ from .store import Store
 from .untrusted import (
     MAX_JSON_BYTES,
     MAX_SEGMENT_BYTES,
+    ParquetFile,
     check_manifest,
     load_json,
-    read_parquet,
     read_whole,
 )
 
@@ -39,7 +38,6 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 
-_MAX_CHUNKS = 1 << 20
 MAX_SHARDS = 1 << 24
 _READ_THREADS = 16
 
@@ -218,12 +216,29 @@ class Segment:
     n_records: int
 
 
+_GROUP_ROWS = 256
+"""A row group of `objects` ends where a path does, once it has so many rows: a reader decodes the arrays
+that it wants, and what a group costs (some 2 kB) stays a few percent of it."""
+
+
+_ENCODING: dict[str, dict[str, Any]] = {
+    "objects": {
+        # no dictionaries of what hardly repeats: 30 % fewer bytes
+        "use_dictionary": ["split", "sites", "path", "constant"],
+        "column_encoding": {
+            f"{name}.list.element": "DELTA_BINARY_PACKED" for name in ("chunk_offset", "chunk_nbytes")
+        },
+    },
+    "statistics": {},
+}
+
+
 def write_segment(store: Store, records: Sequence[BlockRecord]) -> Segment:
     """Compact records into two immutable parquet files, named by their content."""
     objects, statistics = [], []
     for r in sorted(records, key=lambda r: r.key):
         sites = ",".join(sorted(r.statistics))
-        objects += [{"split": r.split, "block": r.block, "sites": sites, **asdict(o)} for o in r.objects]
+        objects += [(o.path, o.shard, r.split, r.block, sites, o) for o in r.objects]
         for site, s in sorted(r.statistics.items()):
             row = {"split": r.split, "block": r.block, "site": site, "sites": sites}
             row |= {"n_sequences": r.n_sequences}
@@ -231,16 +246,22 @@ def write_segment(store: Store, records: Sequence[BlockRecord]) -> Segment:
                 value = getattr(s, f.name)
                 row[f.name] = _array_bytes(f.name, value) if f.name[-2:] in _ARRAYS else value
             statistics.append(row)
-    tables = (pa.Table.from_pylist(objects, OBJECTS), pa.Table.from_pylist(statistics, STATISTICS))
+    objects.sort(key=lambda o: o[:2])
+    columns = {name: [o[i] for o in objects] for i, name in ((2, "split"), (3, "block"), (4, "sites"))}
+    columns |= {f.name: [getattr(o[5], f.name) for o in objects] for f in fields(ObjectRecord)}
+    tables = (pa.table(columns, OBJECTS), pa.Table.from_pylist(statistics, STATISTICS))
     return store_segment(store, *tables, len(records))
 
 
 def store_segment(store: Store, objects: pa.Table, statistics: pa.Table, n_records: int) -> Segment:
-    """Create the two files of a segment."""
+    """Create the two files of a segment. `objects` are sorted by path and shard."""
     keys, digests = [], []
     for kind, table in (("objects", objects), ("statistics", statistics)):
+        ends = _group_ends(table["path"]) if kind == "objects" else [len(table)]
         sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
+        with pq.ParquetWriter(sink, table.schema, compression="zstd", **_ENCODING[kind]) as writer:
+            for begin, end in zip([0, *ends], ends, strict=False):
+                writer.write_table(table.slice(begin, end - begin))
         data = sink.getvalue()
         digests.append(hashlib.sha256(data).hexdigest())
         keys.append(f"_segments/{digests[-1][:16]}-{kind}.parquet")
@@ -248,15 +269,29 @@ def store_segment(store: Store, objects: pa.Table, statistics: pa.Table, n_recor
     return Segment(keys[0], keys[1], digests[0], digests[1], n_records)
 
 
-def read_segment_table(store: Store, key: str, sha256: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """One parquet file of a segment (all columns unless told), digest verified."""
+def _group_ends(path: pa.ChunkedArray) -> list[int]:
+    """Where the row groups of `objects` end, given its sorted paths."""
+    path_N = path.combine_chunks().dictionary_encode().indices.to_numpy()
+    ends = [0]
+    for end in [*(np.flatnonzero(np.diff(path_N)) + 1).tolist(), len(path_N)]:
+        if end - ends[-1] >= _GROUP_ROWS or end == len(path_N):
+            ends.append(end)
+    return ends[1:]
+
+
+def read_segment(store: Store, key: str, sha256: str) -> ParquetFile:
+    """One parquet file of a segment, digest verified; nothing of it is decoded yet."""
     if not re.fullmatch(r"_segments/[0-9a-f]{16}-(objects|statistics)\.parquet", key):
         raise FormatError(f"{store.url}: segment key {key[:80]!r} is not one that this format writes")
     data = _read_committed(store, key)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise CorruptObject(f"{store.url}/{key} does not match its sha256; {RESTORE}")
-    schema = OBJECTS if "-objects." in key else STATISTICS
-    return read_parquet(data, schema, f"{store.url}/{key}", columns)
+    return ParquetFile(data, OBJECTS if "-objects." in key else STATISTICS, f"{store.url}/{key}")
+
+
+def read_segment_table(store: Store, key: str, sha256: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """One parquet file of a segment decoded (all columns unless told), digest verified."""
+    return read_segment(store, key, sha256).read(columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,87 +302,13 @@ class ShardTable:
     size_bytes: np.ndarray
     """int64 [shards]."""
     chunk_offset: np.ndarray
-    """int64 [shards, chunks per shard]."""
+    """int32 [shards, chunks per shard]; int64 if a shard has 2^31 bytes or more."""
     chunk_nbytes: np.ndarray
+    """As `chunk_offset`."""
     chunk_crc32c: np.ndarray
     """uint32 [shards, chunks per shard]."""
     constant: np.ndarray
     """float64 [shards], NaN where the shard is not constant."""
-
-
-def shard_tables(objects: pa.Table, split: str, n_shards: Mapping[str, int]) -> dict[str, ShardTable]:
-    """The chunk tables of the arrays in `n_shards` (path -> committed shards), from a segment table.
-
-    Raises:
-        FormatError: a shard is missing, or a chunk table is not of one length or absurd.
-    """
-    split_rows = objects.filter(pc.equal(objects["split"], split))
-    tables = {}
-    for path, n in n_shards.items():
-        rows = split_rows.filter(pc.equal(split_rows["path"], path)).combine_chunks()
-        shards, first = np.unique(rows["shard"].to_numpy(), return_index=True)
-        if len(shards) < n or not np.array_equal(shards[:n], np.arange(n)):
-            raise FormatError(
-                f"the manifest lists {len(shards)} shards of {path}; {n} are committed. Harvest again"
-            )
-        taken = rows.take(pa.array(first[:n]))
-        widths = pc.list_value_length(taken["chunk_offset"]).to_numpy()
-        width = int(widths[0]) if n else 0
-        if n and (width > _MAX_CHUNKS or width < 1 or (widths != width).any()):
-            raise FormatError(
-                f"the chunk tables of {path} have {widths.min()}..{widths.max()} entries; wanted one length"
-            )
-        offset = pc.list_flatten(taken["chunk_offset"]).to_numpy()
-        nbytes = pc.list_flatten(taken["chunk_nbytes"]).to_numpy()
-        checksums = pc.list_flatten(taken["chunk_crc32c"]).to_numpy()
-        if len(checksums) != n * width or nbytes.size != n * width:
-            raise FormatError(
-                f"the chunk tables of {path} differ in length; the manifest is damaged or hostile"
-            )
-        offset, nbytes, checksums = (a.reshape(n, width) for a in (offset, nbytes, checksums))
-        size = taken["size_bytes"].to_numpy()
-        if n and (
-            (offset < 0).any()
-            or (nbytes < 0).any()
-            or (nbytes > size[:, None]).any()
-            or (offset > size[:, None] - nbytes).any()
-        ):
-            raise FormatError(
-                f"a chunk of {path} lies outside its object; the manifest is damaged or hostile"
-            )
-        tables[path] = ShardTable(
-            path=path,
-            size_bytes=size,
-            chunk_offset=offset,
-            chunk_nbytes=nbytes,
-            chunk_crc32c=checksums,
-            constant=taken["constant"].to_numpy(zero_copy_only=False).astype(np.float64),
-        )
-    return tables
-
-
-def check_chunks(table: ShardTable, array: Mapping[str, Any], where: str) -> None:
-    """Refuse a chunk table that is not of this array: its length, and sizes that no chunk can have.
-
-    Raises:
-        FormatError: names the array.
-    """
-    wanted = array["shard_rows"] // array["chunk_rows"]
-    if table.chunk_nbytes.shape[1] != wanted:
-        raise FormatError(
-            f"the chunk tables of {where} have {table.chunk_nbytes.shape[1]} entries, wanted {wanted}"
-        )
-    decoded = array["chunk_rows"] * math.prod(array["row"]) * array["dtype"].itemsize
-    largest = decoded + decoded // 128 + 1024  # more than any compressor makes of noise
-    if (table.chunk_nbytes > largest).any():
-        raise FormatError(
-            f"a chunk of {where} is said to have {table.chunk_nbytes.max()} bytes; {largest} is the most that it can"
-        )
-    most = wanted * (largest + 16) + 4
-    if (table.size_bytes < 0).any() or (table.size_bytes > most).any():
-        raise FormatError(
-            f"a shard of {where} is said to have {table.size_bytes.max()} bytes; at most {most} can be"
-        )
 
 
 def statistics_of(table: pa.Table, split: str, site: str, n_blocks: int) -> list[Statistics]:

@@ -6,6 +6,7 @@ Shapes: N rows, D = d_in, T = context_size.
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,11 +28,8 @@ from .manifest import (
     OBJECTS,
     STATISTICS,
     Manifest,
-    ShardTable,
-    check_chunks,
     read_manifest,
-    read_segment_table,
-    shard_tables,
+    read_segment,
     statistics_of,
 )
 from .order import DEFAULT_LANES
@@ -40,12 +38,15 @@ from .spec import digest, nearest
 from .statistics import merge
 from .store import Store, open_store
 from .stream import Rows, Stream, StreamOptions
+from .tables import SegmentObjects, Tables
+from .untrusted import ParquetFile
 
 Index = slice | Sequence[int] | np.ndarray | int
 Places = slice | np.ndarray
 """Rows of a result or of a chunk."""
 
 _FETCH_THREADS = 4
+_SEGMENT_THREADS = 3  # as many as a complete version has segments
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +161,8 @@ class _Shared:
         self._process = os.getpid()
         self.precision = Precision.parse(manifest.identity["precision"])
         self.calibration = lru_cache(maxsize=None)(self._calibration)
+        self.tables = lru_cache(maxsize=None)(self._tables)
+        self._table_lock = threading.Lock()
 
     def check_process(self) -> None:
         """Refuse to go on in a forked child: threads and connections stayed behind, and it would hang.
@@ -175,12 +178,20 @@ class _Shared:
             )
 
     @cached_property
+    def layout(self) -> dict[str, dict[str, Any]]:
+        """Of the arrays of a split."""
+        return array_layout(self.manifest.identity, {s: e.d_in for s, e in self.manifest.sites.items()})
+
     def objects(self) -> pa.Table:
-        return self._tables([(s.objects, s.objects_sha256) for s in self.manifest.segments], OBJECTS)
+        """path, shard and size_bytes of every object that the segments name."""
+        columns = ("path", "shard", "size_bytes")
+        tables = [file.read(columns) for file in self._read("objects")]
+        return pa.concat_tables([OBJECTS.empty_table().select(columns), *tables])
 
     @cached_property
     def statistics(self) -> pa.Table:
-        return self._tables([(s.statistics, s.statistics_sha256) for s in self.manifest.segments], STATISTICS)
+        tables = [file.read() for file in self._read("statistics")]
+        return pa.concat_tables([STATISTICS.empty_table(), *tables])
 
     @cached_property
     def tokens(self) -> TokenStore:
@@ -197,10 +208,23 @@ class _Shared:
             "Copy it there, or harvest again"
         )
 
-    def _tables(self, files: Sequence[tuple[str, str]], schema: pa.Schema) -> pa.Table:
+    def _tables(self, split: str) -> Tables:
+        """The chunk tables of a split, read and decoded when they are asked for."""
+        counts = n_shards(self.manifest, split)
+        return Tables(
+            split, counts, self.layout, lambda: self._segment_objects, self._table_lock, self.store.url
+        )
+
+    @cached_property
+    def _segment_objects(self) -> list[SegmentObjects]:
+        return [SegmentObjects(file) for file in self._read("objects")]
+
+    def _read(self, kind: str) -> list[ParquetFile]:
+        """One file of each segment, digests verified; nothing of them is decoded yet."""
+        files = [(getattr(s, kind), getattr(s, f"{kind}_sha256")) for s in self.manifest.segments]
         try:
-            tables = [read_segment_table(self.store, key, sha256) for key, sha256 in files]
-            return pa.concat_tables([schema.empty_table(), *tables])
+            with ThreadPoolExecutor(_SEGMENT_THREADS, thread_name_prefix="actcache-segments") as pool:
+                return list(pool.map(lambda file: read_segment(self.store, *file), files))
         except CorruptObject:
             read_manifest(self.store, self.manifest.version)  # says so if gc removed the pinned version
             raise
@@ -329,7 +353,7 @@ class Dataset:
             CorruptObject: a stored object is damaged or missing; names the key.
         """
         self._checked(site)
-        rows = self._row_index(index, self._site_rows(site))
+        rows = self._row_index(index, self._site_rows(site), f"{site}/codes")
         scale_N = self._gather(f"{site}/scale", rows) if self._shared.precision.quantised else None
         out_ND = np.empty((len(rows), self.d_in(site)), np.float32)
 
@@ -345,12 +369,12 @@ class Dataset:
 
     def rows(self, index: Index) -> Rows:
         """Which token each row is."""
-        rows = self._row_index(index, self.n_rows)
+        rows = self._row_index(index, self.n_rows, "token_id")
         return Rows(*(self._gather(name, rows) for name in ("token_id", "sequence", "position")))
 
     def documents(self, index: Index) -> Documents:
         """Which document of the split, and which token of it, each row is."""
-        rows = self._row_index(index, self.n_rows)
+        rows = self._row_index(index, self.n_rows, "token_id")
         sequence, sequence_N = np.unique(self._gather("sequence", rows), return_inverse=True)
         names = ("document", "document_offset", "document_begins")
         document_S, offset_S, begins_ST = (self._gather(n, sequence.astype(np.int64)) for n in names)
@@ -376,7 +400,7 @@ class Dataset:
 
     def sequences(self, index: Index) -> Sequences:
         """Token sequences, and which of their tokens are rows."""
-        chosen = self._row_index(index, self.n_sequences)
+        chosen = self._row_index(index, self.n_sequences, "input_ids")
         input_ids = self._gather("input_ids", chosen)
         length = self._gather("length", chosen)
         special = self.manifest.identity["tokens"]["special_token_ids"]
@@ -475,7 +499,6 @@ class Dataset:
             centre=centre,
             unit_norm=unit_norm,
         )
-        _ = dataset._tables  # as in `_row_index`
         return Stream(dataset, dataset._chosen(sites), options, state)
 
     def _chosen(self, sites: Sequence[str] | str | None) -> list[str]:
@@ -489,27 +512,34 @@ class Dataset:
         return site
 
     def _site_rows(self, site: str) -> int:
+        """Committed rows of a site, all of whose shards are listed."""
+        self._listed(f"{site}/codes")
         return site_rows(self.manifest, self.split_name, site)
 
-    @cached_property
+    @property
     def _layout(self) -> dict[str, dict[str, Any]]:
-        return array_layout(self.manifest.identity, {s: e.d_in for s, e in self.manifest.sites.items()})
+        return self._shared.layout
 
-    @cached_property
-    def _tables(self) -> dict[str, ShardTable]:
-        counts = n_shards(self.manifest, self.split_name)
-        present = {f"{self.split_name}/{path}": n for path, n in counts.items() if n}
-        tables = shard_tables(self._shared.objects, self.split_name, present)
-        for path, table in tables.items():
-            check_chunks(table, self._layout[path.partition("/")[2]], f"{self.url}/{path}")
-        return tables
+    @property
+    def _tables(self) -> Tables:
+        return self._shared.tables(self.split_name)
+
+    def _listed(self, path: str) -> None:
+        """See that all committed shards of an array are listed: nothing is allocated by a manifest's word alone.
+
+        Raises:
+            FormatError: they are not.
+        """
+        if f"{self.split_name}/{path}" in self._tables:
+            _ = self._tables[f"{self.split_name}/{path}"]
 
     @cached_property
     def _chunks(self) -> ChunkReader:
         return ChunkReader(self._shared.store, self.split_name, self._layout, self._tables)
 
-    def _row_index(self, index: Index, n: int) -> np.ndarray:
-        _ = self._tables  # the shards of n rows are listed: nothing is allocated by a manifest's word alone
+    def _row_index(self, index: Index, n: int, path: str) -> np.ndarray:
+        """Which of the `n` rows of an array are meant."""
+        self._listed(path)
         if isinstance(index, slice):
             return np.arange(*index.indices(n))
         rows = np.atleast_1d(np.asarray(index))

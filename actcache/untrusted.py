@@ -8,7 +8,8 @@ Everything is refused by an ActcacheError that says why.
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -189,35 +190,112 @@ def _shown(value: Any) -> str:
 def read_parquet(
     data: bytes, schema: pa.Schema, where: str, columns: Sequence[str] | None = None
 ) -> pa.Table:
-    """The table in `data`, of exactly this schema and without nulls but in `constant`; all columns unless told.
+    """The table in `data`, as `ParquetFile.read` gives it; all columns unless told."""
+    return ParquetFile(data, schema, where).read(columns)
 
-    What it decodes to is bounded by the size of `data`: the headers of all pages are added up before
-    anything is decoded, and text and binary stay dictionaries until their lengths are added up.
+
+class ParquetFile:
+    """A Parquet file of exactly this schema; columns and row groups are decoded when they are asked for.
+
+    What all of it decodes to is bounded by the size of `data`: the page headers of a column are added up
+    before it is decoded, and text and binary stay dictionaries until their lengths are added up.
+    What is not asked for is not looked at. Not safe to use from two threads at once.
 
     Raises:
-        FormatError: not Parquet, another schema, or larger than its bytes can honestly be.
+        FormatError: not Parquet, or another schema.
     """
-    limit = _FREE_BYTES + _EXPANSION * len(data)
-    try:
-        file = pq.ParquetFile(pa.BufferReader(data))
-        if not file.schema_arrow.equals(schema):
-            raise FormatError(f"{where} has other columns than this format's")
-        _check_pages(data, file.metadata, limit)
-        schema = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+
+    def __init__(self, data: bytes, schema: pa.Schema, where: str) -> None:
+        self._data, self._schema, self._where = data, schema, where
+        self._limit = _FREE_BYTES + _EXPANSION * len(data)
+        self._counted: set[tuple[int, int]] = set()
+        """(row group, column) whose pages are in `_total`."""
+        self._total = 0
+        with self._refused():
+            file = pq.ParquetFile(pa.BufferReader(data))
+            if not file.schema_arrow.equals(schema):
+                raise FormatError(f"{where} has other columns than this format's")
+            self._metadata = file.metadata
+            if str(self._metadata.created_by).startswith("parquet-cpp version"):
+                raise ValueError("written by a version whose column sizes are wrong")
+            if self._metadata.num_columns != len(schema):
+                raise ValueError(f"{self._metadata.num_columns} columns, wanted {len(schema)}")
+            groups = range(self._metadata.num_row_groups)
+            self.group_rows = [int(self._metadata.row_group(g).num_rows) for g in groups]
+            """Rows of each row group."""
+            rows = self._metadata.num_rows
+            if sum(self.group_rows) != rows or min(self.group_rows, default=0) < 0:
+                raise ValueError(f"its row groups hold {sum(self.group_rows)} rows, its footer says {rows}")
+
+    def read(
+        self,
+        columns: Sequence[str] | None = None,
+        groups: Sequence[int] | None = None,
+        *,
+        encoded: bool = False,
+    ) -> pa.Table:
+        """Rows without nulls but in `constant`; all columns and all row groups unless told.
+
+        `encoded` leaves text and binary as dictionaries.
+
+        Raises:
+            FormatError: larger than its bytes can honestly be, damaged, or with nulls.
+        """
+        schema = self._schema if columns is None else pa.schema([self._schema.field(c) for c in columns])
+        groups = range(len(self.group_rows)) if groups is None else groups
         texts = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_binary(f.type)]
-        # no threads: after an error Arrow's may still be at work on what was refused
-        file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=texts, pre_buffer=False)
-        table = file.read(columns=schema.names, use_threads=False)
-        for name in texts:
-            table = _expand(table, name, schema.field(name).type, limit)
-        table = table.select(schema.names).cast(schema)
-    except (pa.ArrowException, ValueError, OSError, IndexError, OverflowError) as err:
-        reason = str(err).splitlines()[0] if str(err) else type(err).__name__
-        raise FormatError(f"{where} is not a Parquet file of this format ({reason}); restore it") from err
-    for name in schema.names:
-        if name != "constant" and (table[name].null_count or _inner_nulls(table[name])):
-            raise FormatError(f"{where} has nulls in column {name}; it is not one that actcache wrote")
-    return table
+        if not len(groups):
+            return schema.empty_table()
+        with self._refused():
+            for g in groups:
+                for name in schema.names:
+                    self._count(g, self._schema.get_field_index(name))
+            # no threads: after an error Arrow's may still be at work on what was refused
+            file = pq.ParquetFile(
+                pa.BufferReader(self._data),
+                metadata=self._metadata,
+                read_dictionary=texts,
+                pre_buffer=False,
+            )
+            table = file.read_row_groups(list(groups), columns=schema.names, use_threads=False)
+            table = table.select(schema.names)
+            for name in texts:
+                table[name].validate(full=True)  # Parquet does not see that text is UTF-8
+            if not encoded:
+                for name in texts:
+                    table = _expand(table, name, schema.field(name).type, self._limit)
+                table = table.cast(schema)
+            if len(table) != sum(self.group_rows[g] for g in groups):
+                raise ValueError(f"its row groups decode to {len(table)} rows, its footer says otherwise")
+        for name in schema.names:
+            if name != "constant" and (table[name].null_count or _inner_nulls(table[name])):
+                raise FormatError(
+                    f"{self._where} has nulls in column {name}; it is not one that actcache wrote"
+                )
+        return table
+
+    @contextmanager
+    def _refused(self) -> Iterator[None]:
+        """Whatever Arrow raises over damaged bytes, as a FormatError."""
+        try:
+            yield
+        except (pa.ArrowException, ValueError, OSError, IndexError, OverflowError) as err:
+            reason = str(err).splitlines()[0] if str(err) else type(err).__name__
+            raise FormatError(
+                f"{self._where} is not a Parquet file of this format ({reason}); restore it"
+            ) from err
+
+    def _count(self, group: int, column: int) -> None:
+        """Add to the total what a column of a row group decodes to, once.
+
+        Raises:
+            ValueError: more than the limit by now, or pages that lie outside of the file.
+        """
+        if (group, column) not in self._counted:
+            found = self._metadata.row_group(group).column(column)
+            left = self._limit - self._total
+            self._total += _column_bytes(self._data, found, self.group_rows[group], left)
+            self._counted.add((group, column))
 
 
 def _inner_nulls(column: pa.ChunkedArray) -> int:
@@ -241,46 +319,37 @@ def _expand(table: pa.Table, name: str, kind: pa.DataType, limit: int) -> pa.Tab
     return table.set_column(table.schema.get_field_index(name), name, column.cast(kind))
 
 
-def _check_pages(data: bytes, metadata: Any, limit: int) -> None:
-    """Add up what the pages of all columns say they decode to, from their headers.
+def _column_bytes(data: bytes, column: Any, rows: int, limit: int) -> int:
+    """What the pages of one column of a row group say they decode to, from their headers.
 
     Raises:
         ValueError: more than `limit` bytes, or pages that lie outside of the file.
     """
-    if str(metadata.created_by).startswith("parquet-cpp version"):
-        raise ValueError("written by a version whose column sizes are wrong")
-    total = rows = 0
-    for g in range(metadata.num_row_groups):
-        group = metadata.row_group(g)
-        rows += group.num_rows
-        for c in range(group.num_columns):
-            column = group.column(c)
-            start = column.data_page_offset
-            if column.has_dictionary_page and column.dictionary_page_offset:
-                start = min(start, column.dictionary_page_offset)
-            end, values = start + column.total_compressed_size, 0
-            if not 0 <= start <= end <= len(data):
-                raise ValueError("a column lies outside of the file")
-            while start < end:
-                page, start = _read_struct(data, start, end)
-                size, packed = page.get(2), page.get(3)
-                if not isinstance(size, int) or not isinstance(packed, int) or size < 0 or packed < 0:
-                    raise ValueError("a page without sizes")
-                start += packed
-                if start > end:
-                    raise ValueError("a page lies outside of its column")
-                heads = [h for h in (page.get(5), page.get(7), page.get(8)) if isinstance(h, dict)]
-                n = max((h.get(1, 0) for h in heads), default=0)
-                if not isinstance(n, int) or n < 0:
-                    raise ValueError("a page with a negative number of values")
-                values += n if page.get(1) != 2 else 0  # not of a dictionary
-                total += size + 12 * n  # the value or index of each, and its levels
-                if total > limit:
-                    raise ValueError(f"its pages decode to more than {limit} bytes")
-            if values != column.num_values or values < group.num_rows:
-                raise ValueError(f"its pages hold {values} values, its footer says {column.num_values}")
-    if rows != metadata.num_rows or rows < 0:
-        raise ValueError(f"its row groups hold {rows} rows, its footer says {metadata.num_rows}")
+    start = column.data_page_offset
+    if column.has_dictionary_page and column.dictionary_page_offset:
+        start = min(start, column.dictionary_page_offset)
+    end, values, total = start + column.total_compressed_size, 0, 0
+    if not 0 <= start <= end <= len(data):
+        raise ValueError("a column lies outside of the file")
+    while start < end:
+        page, start = _read_struct(data, start, end)
+        size, packed = page.get(2), page.get(3)
+        if not isinstance(size, int) or not isinstance(packed, int) or size < 0 or packed < 0:
+            raise ValueError("a page without sizes")
+        start += packed
+        if start > end:
+            raise ValueError("a page lies outside of its column")
+        heads = [h for h in (page.get(5), page.get(7), page.get(8)) if isinstance(h, dict)]
+        n = max((h.get(1, 0) for h in heads), default=0)
+        if not isinstance(n, int) or n < 0:
+            raise ValueError("a page with a negative number of values")
+        values += n if page.get(1) != 2 else 0  # not of a dictionary
+        total += size + 12 * n  # the value or index of each, and its levels
+        if total > limit:
+            raise ValueError(f"its pages decode to {total - limit} bytes more than they honestly can")
+    if values != column.num_values or values < rows:
+        raise ValueError(f"its pages hold {values} values, its footer says {column.num_values}")
+    return total
 
 
 def _read_struct(data: bytes, at: int, end: int, depth: int = 0) -> tuple[dict[int, Any], int]:

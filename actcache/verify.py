@@ -204,11 +204,11 @@ class _Check:
         named: dict[str, int] = {}
         self.tables: dict[str, Any] = {}
         if self.segments_read:
-            named = object_sizes(self.dataset._shared.objects, self.layout)
+            named = object_sizes(self.dataset._shared.objects(), self.layout)
             columns = self.dataset._shared.statistics.select(["split", "block", "sites"]).to_pylist()
             self.held = {record_key(row["split"], row["block"], row["sites"].split(",")) for row in columns}
             for split in self.manifest.splits:
-                tables = self.attempt(lambda s=split: self.dataset.split(s)._tables)
+                tables = self.attempt(lambda s=split: dict(self.dataset.split(s)._tables))
                 self.tables |= tables or {}
         for key, size in named.items():
             found = self.listed.get(key)

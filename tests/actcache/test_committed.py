@@ -21,7 +21,6 @@ from actcache.manifest import (
     latest_version,
     read_manifest,
     read_segment_table,
-    shard_tables,
 )
 from actcache.reader import Dataset, _Shared
 from actcache.segments import COMPLETE_SEGMENTS, FAN_IN
@@ -332,5 +331,4 @@ def test_one_block_named_by_two_records_counts_once_through_merged_segments():
     again = synthetic.committed(store, train=FAN_IN)
     assert again.loose == []
     assert again.covered()
-    tables = shard_tables(objects, "train", {"train/token_id": FAN_IN})
-    assert len(tables["train/token_id"].size_bytes) == FAN_IN
+    assert len(opened(store)._tables["train/token_id"].size_bytes) == FAN_IN
