@@ -416,7 +416,7 @@ class Dataset:
         are looked for where the sequence's block and its neighbours are: rows are shuffled in blocks.
         """
         self._checked(site)
-        rows = self._rows_of_sequence(int(self._row_index([sequence], self.n_sequences)[0]))
+        rows = self._rows_of_sequence(int(self._row_index([sequence], self.n_sequences, "input_ids")[0]))
         rows = rows[rows < self._site_rows(site)]
         position_N = self._gather("position", rows).astype(np.int64)
         order = np.argsort(position_N)
