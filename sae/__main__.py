@@ -285,13 +285,14 @@ def _chosen(
         configs = [sae_of_text(text) for text in given["saes"]]
     elif "preset" in given or (not used and settings.get("preset")):
         preset = preset_of_text(given.get("preset", settings.get("preset")), rows)
-        configs = [preset.config]
+        configs = [_without_own(preset.config, {**settings["training"], **given})]
     elif used:
         configs = combinations(given.get("arch", ("topk",)), given.get("revive"), flags)
     elif settings.get("sae"):
         configs = settings["sae"]
     elif started:
-        configs = [config_of_sae(s, path) for s, path in zip(started, paths, strict=True)]
+        own = {**settings["training"], **given}
+        configs = [_without_own(config_of_sae(s, path), own) for s, path in zip(started, paths, strict=True)]
     else:
         raise click.UsageError("say what to train: --d-sae 6144 --k 32, --sae, --preset, --start or --config")
     if len(started) not in (0, 1, len(configs)):
@@ -301,6 +302,12 @@ def _chosen(
     if len(started) <= 1:
         return configs, preset, [started[0] if started else None] * len(configs)
     return configs, preset, list(started)
+
+
+def _without_own(config: "Architecture", given: Mapping[str, Any]) -> "Architecture":
+    """The config without those optimiser settings of its own that this run was given others for."""
+    given_here = {f.name: None for f in fields(config.optimiser) if f.name in given}
+    return replace(config, optimiser=replace(config.optimiser, **given_here))
 
 
 def _only_site(sites: list[str], data: str) -> list[str]:

@@ -193,6 +193,8 @@ def test_a_preset_is_the_published_one_and_options_come_before_it(dataset: objec
     cfg = sae.load(tmp_path / "batchtopk-40-4").cfg
     assert (cfg["lr"], cfg["rows"], cfg["training"]["lr_decay"]) == (3e-4, 2000, 0.5)
     assert cfg["training"]["dead_after_rows"] == 5 * 4096
+    assert main([*_train(dataset, tmp_path / "lr", "--site", SITE, "--preset", text, "--lr", "0.5e-4")]) == 0
+    assert sae.load(tmp_path / "lr" / "batchtopk-40-4").cfg["lr"] == 0.5e-4
 
 
 def test_ways_to_say_what_to_train_exclude_each_other(
@@ -210,13 +212,14 @@ def test_ways_to_say_what_to_train_exclude_each_other(
 def test_fine_tuning_starts_from_a_finished_sae_with_its_own_settings(
     dataset: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = "batchtopk:d_sae=40,k=4,revive=none"
+    text = "batchtopk:d_sae=40,k=4,revive=none,lr=1e-3"
     assert main([*_train(dataset, tmp_path / "first", "--site", SITE), "--sae", text]) == 0
     first = sae.load(tmp_path / "first" / "batchtopk-40-4")
     command = _train(dataset, tmp_path / "second", "--site", SITE, "--start", first.path, "--lr", "1e-9")
     assert main(command) == 0
     second = sae.load(tmp_path / "second" / "batchtopk-40-4")
     assert second.cfg["revive"] is None
+    assert (first.cfg["lr"], second.cfg["lr"]) == (1e-3, 1e-9)
     assert second.digest() != first.digest()
     np.testing.assert_allclose(second.W_dec.numpy(), first.W_dec.numpy(), atol=1e-5)
     written = json.loads((tmp_path / "second" / "run.json").read_text())
