@@ -3,17 +3,12 @@
 Heavy imports happen inside the commands, so `--help` is quick.
 """
 
-import ast
-import inspect
-import itertools
 import json
 import math
 import sys
-import textwrap
-import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +18,10 @@ from actcache.cli import STORAGE_OPTION, run
 
 if typing.TYPE_CHECKING:
     from .architectures import Architecture
+    from .core import SAE
+    from .presets import Preset
 
 _LAZY_COMMANDS = {"eval": ("sae.evals.cli", "eval_command"), "report": ("sae.report", "report_command")}
-_RENAMED = {"n_rows": "rows"}
 
 
 class Group(click.Group):
@@ -68,12 +64,27 @@ def cli() -> None:
 
 def train_command() -> click.Command:
     """The `train` command; its options are the fields of `Training` and of the architectures."""
-    from .architectures import ARCHITECTURES
-    from .revival import REVIVALS
+    from .options import REPEATED, field_docs, field_option, sae_fields
     from .training import Training
 
-    own = [
-        click.Option(["--data"], required=True, metavar="URL", help=_DATA_HELP),
+    of_sae = [field_option(f, docs, f.name in REPEATED) for f, docs in sae_fields()]
+    of_training = [field_option(f, field_docs(Training)) for f in fields(Training)]
+    return click.Command(
+        "train",
+        params=[*_data_options(), *_choice_options(), *of_sae, *of_training, *_run_options()],
+        callback=_train,
+        help=_TRAIN_HELP,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    )
+
+
+def _data_options() -> list[click.Parameter]:
+    return [
+        click.Option(
+            ["--data"],
+            metavar="URL",
+            help="The dataset: a directory or s3:// URL that `actcache harvest` wrote.",
+        ),
         click.Option(
             ["--site"],
             multiple=True,
@@ -82,14 +93,54 @@ def train_command() -> click.Command:
             "one SAE at each. Default: the dataset's only site.",
         ),
         click.Option(
+            ["--out"],
+            metavar="DIR",
+            help="Directory of the run, local or a URL such as s3://bucket/runs/x. Run the same command again to "
+            "continue after an interruption; a finished run is not repeated.",
+        ),
+        click.Option(
+            ["--config"],
+            metavar="FILE",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="TOML file with the settings of the run (docs/sae.md has one); options given here come before it.",
+        ),
+    ]
+
+
+def _choice_options() -> list[click.Parameter]:
+    from .architectures import ARCHITECTURES
+    from .presets import PRESETS
+    from .revival import REVIVALS
+
+    return [
+        click.Option(
+            ["--sae", "saes"],
+            multiple=True,
+            metavar="ARCH:KEY=VALUE,...",
+            help="One SAE with all of its settings, e.g. topk:d_sae=6144,k=32,revive=ghost,lr=1e-4; repeat to train "
+            "several. Keys are the options below with _ for -, and lr, betas, eps, ... of this SAE alone; + joins "
+            "the values of a list: prefixes=64+512.",
+        ),
+        click.Option(
+            ["--preset"],
+            metavar="NAME:KEY=VALUE,...",
+            help=f"Published settings: {', '.join(PRESETS)}; e.g. batchtopk_gpt2:d_sae=6144,k=32. Options given "
+            "beside it come first.",
+        ),
+        click.Option(
+            ["--start"],
+            multiple=True,
+            metavar="SAE",
+            help="Finished SAE, a directory or URL, to take the first weights from (fine-tuning; lower --lr). One for "
+            "all, or one for each in order. Without --sae or --arch its own settings are kept.",
+        ),
+        click.Option(
             ["--arch"],
             multiple=True,
-            default=["topk"],
-            show_default=True,
             type=click.Choice(list(ARCHITECTURES)),
             help="Architecture; repeat to train several. What sets how few latents are active (L0): --k for "
             "topk (in each row), batchtopk and matryoshka (on average); --l1-coefficient for standard and "
-            "gated; --l0-coefficient or --target-l0 for jumprelu.",
+            "gated; --l0-coefficient or --target-l0 for jumprelu. [default: topk]",
         ),
         click.Option(
             ["--revive"],
@@ -98,143 +149,165 @@ def train_command() -> click.Command:
             "(they start again at badly reconstructed rows) or none. Default: auxk for topk, batchtopk and "
             "matryoshka, none for the others.",
         ),
-        click.Option(
-            ["--out"], required=True, metavar="DIR", type=click.Path(path_type=Path), help=_OUT_HELP
-        ),
-        click.Option(
-            ["--batch-size"], type=int, default=4096, show_default=True, help="Rows in a training step."
-        ),
+    ]
+
+
+def _run_options() -> list[click.Parameter]:
+    return [
+        click.Option(["--batch-size"], type=int, help="Rows in a training step. [default: 4096]"),
         click.Option(
             ["--epochs"],
             type=int,
             default=None,
             help="Passes over the dataset. Default: one, or as many as --rows needs.",
         ),
+        click.Option(
+            ["--log"],
+            metavar="NAME,...",
+            help="Curves for tensorboard, wandb or both, beside metrics.jsonl, in DIR/tensorboard and DIR/wandb. "
+            "wandb stays offline unless WANDB_MODE is online.",
+        ),
         click.Option(**STORAGE_OPTION),
         click.Option(["--json"], is_flag=True, help="Print the result as JSON instead of a table."),
     ]
-    of_sae = [_option(f, docs, f.name in _REPEATED) for f, docs in _sae_fields()]
-    of_training = [_option(f, field_docs(Training), False) for f in fields(Training)]
-    return click.Command(
-        "train",
-        params=[*own[:3], *of_sae[:2], own[3], *of_sae[2:], own[4], *of_training, *own[5:]],
-        callback=_train,
-        help=_TRAIN_HELP,
-        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    )
 
 
-_REPEATED = ("d_sae", "k", "l1_coefficient", "l0_coefficient", "target_l0")
-_NOT_OPTIONS = ("site", "revive", "optimiser")
-
-
-def _sae_fields() -> list[tuple["Field[Any]", dict[str, str]]]:
-    """The fields of all architectures and of what revives dead latents, each name once."""
-    from .architectures import ARCHITECTURES, TopK
-    from .revival import REVIVALS
-
-    found: dict[str, tuple[Field[Any], dict[str, str]]] = {}
-    for kind in (TopK, *ARCHITECTURES.values(), *REVIVALS.values()):
-        for f in fields(kind):
-            if f.name not in _NOT_OPTIONS:
-                found.setdefault(f.name, (f, field_docs(kind)))
-    return list(found.values())
-
-
-_DATA_HELP = "The dataset: a directory or s3:// URL that `actcache harvest` wrote."
-_OUT_HELP = (
-    "Directory of the run. Run the same command again to continue after an interruption; "
-    "a finished run is not repeated."
-)
 _TRAIN_HELP = """Train sparse autoencoders (SAEs) on a cached dataset of activations.
 
 An SAE writes each activation (a row: d_in numbers, one token at one site) as a sum of a few of
 d_sae learned directions, its latents. --d-sae says how many there are; --k, --l1-coefficient,
 --l0-coefficient or --target-l0 how few are active, as the architecture wants. Data are read once,
 however many SAEs are trained: repeat --arch, --d-sae, --k, a coefficient or --site, and every
-combination that makes sense is trained.
+combination that makes sense is trained; or list each SAE with --sae.
 
 \b
 Examples:
   python -m sae train --data acts/gpt2-ab12 --site blocks.8.hook_resid_pre --d-sae 24576 --k 32 --out runs/x
   python -m sae train --data s3://bucket/acts/gpt2-ab12 --arch topk --arch batchtopk \\
       --k 16 --k 32 --d-sae 6144 --rows 20000000 --out runs/sweep
-  python -m sae train --data acts/gpt2-ab12 --arch jumprelu --target-l0 32 --d-sae 6144 --out runs/jump
+  python -m sae train --data acts/gpt2-ab12 --sae topk:d_sae=6144,k=32 \\
+      --sae jumprelu:d_sae=6144,target_l0=32,lr=7e-5 --log tensorboard --out runs/two
+  python -m sae train --data acts/gpt2-ab12 --start runs/x/topk-24576-32 --lr 1e-5 --out runs/tuned
+  python -m sae train --config run.toml --out s3://bucket/runs/y
 
 Each SAE ends up in DIR/<arch>-<d_sae>-<k or coefficient>: `sae.load` reads it, metrics.jsonl has
 its curves. Losses, coefficients and clip norm are of activations scaled as --input-scale says."""
 
 
-def _train(
-    data: str,
-    site: tuple[str, ...],
-    arch: tuple[str, ...],
-    out: Path,
-    batch_size: int,
-    epochs: int | None,
-    storage_options: dict[str, Any],
-    json: bool,
-    revive: str | None,
-    **values: Any,
-) -> None:
+def _train(config: Path | None, storage_options: dict[str, Any], json: bool, **options: Any) -> None:
     import actcache
 
+    from .trackers import make_trackers
     from .train import Training, run_names, train
 
-    ds = actcache.open(data, storage_options=storage_options)
-    sites = list(dict.fromkeys(site)) or _only_site(ds.sites, data)
-    rows = values.pop("n_rows") or ds.n_rows * (epochs or 1)
-    sae_values = {f.name: values.pop(f.name) for f, _ in _sae_fields()}
-    training = Training(n_rows=rows, **values)
-    configs = _combinations(sites, arch, revive, sae_values)
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    settings = _settings(config, given)
+    out, storage_options = settings["out"], {**settings["storage_options"], **storage_options}
+    make_trackers(settings.get("log", ()), out)  # what is missing is known before anything is read
+    ds = actcache.open(settings["data"], storage_options=storage_options)
+    values = {f.name: given[f.name] for f in fields(Training) if f.name in given}
+    values = {**settings["training"], **values}
+    rows = values.get("n_rows") or ds.n_rows * settings.get("epochs", 1)
+    chosen, preset, started = _chosen(settings, given, rows, storage_options)
+    training = replace(preset.training, **values) if preset else Training(**{**values, "n_rows": rows})
+    sites = list(settings.get("site", ())) or [c.site for c in chosen if c.site]
+    sites = list(dict.fromkeys(sites)) or _only_site(ds.sites, settings["data"])
+    saes = {
+        c if c.site else replace(c, site=where): start
+        for where in sites
+        for c, start in zip(chosen, started, strict=True)
+    }
     stream = ds.stream(
         sites,
-        batch_size=batch_size,
+        batch_size=settings.get("batch_size", preset.batch_size if preset else 4096),
         seed=training.seed,
-        epochs=epochs or math.ceil(rows / ds.n_rows),
+        epochs=settings.get("epochs") or math.ceil(training.n_rows / ds.n_rows),
         metadata=False,
     )
-    train(stream, configs, training, out=out)
-    _show_results(out, run_names(configs), as_json=json)
+    train(
+        stream,
+        list(saes),
+        training,
+        start=list(saes.values()),
+        out=out,
+        log=settings.get("log", ()),
+        storage_options=storage_options,
+    )
+    _show_results(out, run_names(list(saes)), storage_options, as_json=json)
 
 
-def _combinations(
-    sites: list[str], arch: tuple[str, ...], revive: str | None, values: Mapping[str, Any]
-) -> "list[Architecture]":
-    """A config for each architecture, site and value of the repeated options.
+def _settings(config: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the file says, and before it what the command line says; data and out are there."""
+    from .options import read_file
+
+    found = {"storage_options": {}, "training": {}} if config is None else read_file(config)
+    found |= {name: given[name] for name in ("data", "site", "out", "batch_size", "epochs") if name in given}
+    if "log" in given:
+        found["log"] = tuple(given["log"].split(","))
+    for name, hint in (("data", "the dataset that `actcache harvest` wrote"), ("out", "the run's directory")):
+        if name not in found:
+            raise click.UsageError(f"--{name} is missing: {hint}; or name it in --config")
+    for name in ("batch_size", "epochs"):
+        if found.get(name, 1) < 1:
+            raise click.UsageError(f"{name} is {found[name]}; it must be at least 1")
+    return found
+
+
+def _chosen(
+    settings: Mapping[str, Any], given: Mapping[str, Any], rows: int, storage_options: Mapping[str, Any]
+) -> "tuple[list[Architecture], Preset | None, list[SAE | None]]":
+    """What is trained: SAEs of the command line, else of the file; a preset; what each starts from.
 
     Raises:
-        click.UsageError: an option that no chosen architecture has, or one that is missing.
+        click.UsageError: nothing, or more than one way, says what to train.
     """
-    from .architectures import ARCHITECTURES, from_fields
-    from .revival import REVIVALS
+    from .core import load
+    from .files import is_url
+    from .options import combinations, config_of_sae, preset_of_text, sae_fields, sae_of_text
 
-    given = {name: value for name, value in values.items() if value not in (None, ())}
-    unused = set(given)
-    configs = []
-    for name in dict.fromkeys(arch):
-        kind = ARCHITECTURES[name]
-        own = {f.name: given[f.name] for f in fields(kind) if f.name in given}
-        unused -= set(own)
-        revival = revive if revive is not None else getattr(kind.revive, "kind", "none")
-        if revival in REVIVALS:
-            settings = {f.name: given[f.name] for f in fields(REVIVALS[revival]) if f.name in given}
-            unused -= set(settings)
-            own["revive"] = REVIVALS[revival](**settings)
-        elif revive is not None:
-            own["revive"] = None
-        swept = [n for n in _REPEATED if n in own]
-        for where, *one in itertools.product(sites, *(own[n] for n in swept)):
-            try:
-                configs.append(
-                    from_fields(kind, {**own, **dict(zip(swept, one, strict=True)), "site": where})
-                )
-            except ValueError as error:
-                raise click.UsageError(f"{name}: {error}") from error
-    if unused:
-        options = ", ".join("--" + n.replace("_", "-") for n in sorted(unused))
-        raise click.UsageError(f"{options}: no architecture or --revive chosen here has this option")
-    return list(dict.fromkeys(configs))
+    paths = given.get("start", settings.get("start", ()))
+    started = [load(path, storage_options if is_url(path) else None) for path in paths]
+    names = [f.name for f, _ in sae_fields()]
+    flags = {name: given[name] for name in names if name in given}
+    ways = {
+        "--sae": "saes" in given,
+        "--preset": "preset" in given,
+        "--arch, --d-sae, --k and the like": bool(flags) or "arch" in given or "revive" in given,
+    }
+    used = [name for name, is_used in ways.items() if is_used]
+    if len(used) > 1:
+        raise click.UsageError(f"{' and '.join(used)} each say what to train; give one of them")
+    file_ways = [name for name in ("preset", "sae") if settings.get(name)]
+    if not used and len(file_ways) > 1:
+        raise click.UsageError("the file has both preset and [[sae]], and each says what to train; keep one")
+    preset = None
+    if "saes" in given:
+        configs = [sae_of_text(text) for text in given["saes"]]
+    elif "preset" in given or (not used and settings.get("preset")):
+        preset = preset_of_text(given.get("preset", settings.get("preset")), rows)
+        configs = [_without_own(preset.config, {**settings["training"], **given})]
+    elif used:
+        configs = combinations(given.get("arch", ("topk",)), given.get("revive"), flags)
+    elif settings.get("sae"):
+        configs = settings["sae"]
+    elif started:
+        own = {**settings["training"], **given}
+        configs = [_without_own(config_of_sae(s, path), own) for s, path in zip(started, paths, strict=True)]
+    else:
+        raise click.UsageError("say what to train: --d-sae 6144 --k 32, --sae, --preset, --start or --config")
+    if len(started) not in (0, 1, len(configs)):
+        raise click.UsageError(
+            f"{len(started)} SAEs to start from for {len(configs)} to train; give one, or one for each in order"
+        )
+    if len(started) <= 1:
+        return configs, preset, [started[0] if started else None] * len(configs)
+    return configs, preset, list(started)
+
+
+def _without_own(config: "Architecture", given: Mapping[str, Any]) -> "Architecture":
+    """The config without those optimiser settings of its own that this run was given others for."""
+    given_here = {f.name: None for f in fields(config.optimiser) if f.name in given}
+    return replace(config, optimiser=replace(config.optimiser, **given_here))
 
 
 def _only_site(sites: list[str], data: str) -> list[str]:
@@ -243,13 +316,12 @@ def _only_site(sites: list[str], data: str) -> list[str]:
     return sites
 
 
-def _show_results(out: Path, names: list[str], as_json: bool) -> None:
-    from .train import METRICS_FILE
+def _show_results(out: str, names: list[str], storage_options: Mapping[str, Any], as_json: bool) -> None:
+    from .rundir import last_metrics
 
-    results: list[dict[str, Any]] = []
-    for name in names:
-        lines = (out / name / METRICS_FILE).read_text().splitlines()
-        results.append({"path": str(out / name), **json.loads(lines[-1])})
+    results = [
+        {"path": f"{out.rstrip('/')}/{name}", **last_metrics(out, name, storage_options)} for name in names
+    ]
     if as_json:
         click.echo(json.dumps(results))
         return
@@ -292,63 +364,6 @@ def export_command(
     given = {"model_name": model_name, "hook_name": hook_name}
     path = export(load(sae_dir), format, out, **{k: v for k, v in given.items() if v is not None})
     click.echo(f"wrote {path}")
-
-
-def field_docs(kind: type) -> dict[str, str]:
-    """The string under each field of a dataclass and of those it extends, as one paragraph."""
-    found: dict[str, str] = {}
-    for base in reversed(kind.__mro__[:-1]):
-        found |= _own_field_docs(base)
-    return found
-
-
-def _own_field_docs(kind: type) -> dict[str, str]:
-    node = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-    assert isinstance(node, ast.ClassDef)
-    found = {}
-    for statement, after in itertools.pairwise(node.body):
-        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
-            continue
-        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            found[statement.target.id] = " ".join(str(after.value.value).split())
-    return found
-
-
-def _option(f: "Field[Any]", docs: Mapping[str, str], multiple: bool) -> click.Option:
-    """A command-line option for a config field; its help is the field's own text."""
-    is_training = f.name not in {g.name for g, _ in _sae_fields()}
-    help_text = docs[f.name].replace("None: ", "Default: ")
-    if f.name == "n_rows":
-        help_text += " Default: every row of the dataset, once per epoch."
-    if multiple:
-        help_text += " Repeat to train several."
-    kind, extra = _click_type(f.type)
-    name = _RENAMED.get(f.name, f.name).replace("_", "-")
-    # what is not given on the command line is left to the dataclass, which knows its default
-    known = f.default not in (MISSING, None)
-    if known and not is_training:
-        help_text += f" [default: {f.default:g}]" if kind is float else f" [default: {f.default}]"
-    extra.setdefault("multiple", multiple)
-    return click.Option(
-        [f"--{name}", f.name],
-        type=kind,
-        required=f.name == "d_sae",
-        default=f.default if known and is_training else None,
-        show_default=known and is_training,
-        help=help_text,
-        **extra,
-    )
-
-
-def _click_type(annotation: Any) -> tuple[Any, dict[str, Any]]:
-    if typing.get_origin(annotation) is typing.Literal:
-        return click.Choice(typing.get_args(annotation)), {}
-    if isinstance(annotation, types.UnionType):
-        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
-    if typing.get_origin(annotation) is tuple:
-        of = typing.get_args(annotation)
-        return of[0], {"multiple": True} if of[-1] is Ellipsis else {"nargs": len(of)}
-    return annotation, {"is_flag": True} if annotation is bool else {}
 
 
 def main(arguments: list[str] | None = None, command: click.Command = cli) -> int:

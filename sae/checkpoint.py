@@ -1,9 +1,9 @@
 """Files that are whole or absent: atomic writes, safetensors with a JSON header, run checkpoints.
 
-A checkpoint is one file, `checkpoint.safetensors`: the tensors of every SAE of the run (weights,
-Adam moments, dead counters, generator) and, in its header, the JSON state (rows seen, reader
-state, thresholds). Being one file replaced by rename, it is always some complete moment of the
-run, whatever is killed when. Never pickle, never `torch.load`.
+A checkpoint is one file: the tensors of every SAE of the run (weights, Adam moments, dead
+counters, generator) and, in its header, the JSON state (rows seen, reader state, thresholds). Being
+one file that appears whole (sae/files.py), it is always some complete moment of the run, whatever is
+killed when. Never pickle, never `torch.load`.
 """
 
 import contextlib
@@ -32,12 +32,17 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> None:
-    """A safetensors file, written as `write_atomically` does, with `state` as JSON in its header."""
+def serialise(tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> bytes:
+    """The bytes of a safetensors file with `state` as JSON in its header."""
     from safetensors.torch import save
 
     metadata = None if state is None else {_STATE_KEY: json.dumps(state, allow_nan=False)}
-    write_atomically(path, save(dict(tensors), metadata))
+    return save(dict(tensors), metadata)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> None:
+    """A safetensors file, written as `write_atomically` does, with `state` as JSON in its header."""
+    write_atomically(path, serialise(tensors, state))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
@@ -47,47 +52,50 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         FileNotFoundError: there is none.
         CorruptObject: it is torn or no safetensors file.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; copy the whole directory, or write it again")
+    return parse_tensors(str(path), path.read_bytes())
+
+
+def parse_tensors(where: str, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors and the JSON state of what `serialise` gave; `where` names it in messages.
+
+    Raises:
+        CorruptObject: it is torn or no safetensors file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            header = file.metadata() or {}
+        tensors = load(data)
+        size = int.from_bytes(data[:8], "little")  # the format: 8 bytes of length, then a JSON header
+        header = json.loads(data[8 : 8 + size]).get("__metadata__", {})
         return tensors, json.loads(header[_STATE_KEY]) if _STATE_KEY in header else None
     except (SafetensorError, ValueError) as error:
         raise CorruptObject(
-            f"{path} is not a whole safetensors file ({error}); copy or write it again"
+            f"{where} is not a whole safetensors file ({error}); copy or write it again"
         ) from error
 
 
-def save_checkpoint(directory: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Replace the run's checkpoint; the one before stays until this one is on the disk."""
-    write_tensors(directory / CHECKPOINT_FILE, tensors, {"format": FORMAT, **state})
+def checkpoint_bytes(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> bytes:
+    """A checkpoint as one safetensors file with `state` as JSON in its header."""
+    return serialise(tensors, {"format": FORMAT, **state})
 
 
-def load_checkpoint(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The run's last checkpoint, or None.
+def parse_checkpoint(where: str, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `checkpoint_bytes` was given; `where` names it in messages.
 
     Raises:
         FormatError: a newer version wrote it.
         CorruptObject: it is damaged.
     """
-    path = directory / CHECKPOINT_FILE
-    if not path.exists():
-        return None
-    tensors, state = read_tensors(path)
+    tensors, state = parse_tensors(where, data)
     if state is None or state.get("format") != FORMAT:
         found = "no state" if state is None else f"format {state.get('format')}"
         raise FormatError(
-            f"{path} holds {found}; this version reads format {FORMAT}. Train into a new directory."
+            f"{where} holds {found}; this version reads format {FORMAT}. Train into a new directory."
         )
     return tensors, state
-
-
-def remove_checkpoint(directory: Path) -> None:
-    (directory / CHECKPOINT_FILE).unlink(missing_ok=True)
 
 
 def differences(found: Any, wanted: Any, where: str = "") -> list[str]:

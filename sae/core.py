@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from actcache.errors import CorruptObject, FormatError, SpecError
 
-from .checkpoint import read_tensors, write_atomically, write_tensors
+from .checkpoint import parse_tensors, serialise
+from .files import RunFiles, is_url, local_path, run_files
 
 FORMAT = 1
 """Version of the native directory."""
@@ -122,15 +123,19 @@ class SAE(nn.Module):
     def forward(self, acts_ND: Tensor | np.ndarray) -> Tensor:
         return self.decode(self.encode(acts_ND))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the native directory; each file appears whole or not at all, the settings last."""
-        directory = Path(path)
-        directory.mkdir(parents=True, exist_ok=True)
+    def save(self, path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:
+        """Write the native directory; each file appears whole or not at all, the settings last.
+
+        `path` is local or any fsspec URL. Only a local one becomes `self.path`.
+        """
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-        write_tensors(directory / WEIGHTS_FILE, tensors)
         settings = json.dumps({"format": FORMAT, **self.cfg}, indent=2, allow_nan=False) + "\n"
-        write_atomically(directory / SETTINGS_FILE, settings.encode())
-        self.path = directory
+        files = run_files(path, storage_options)
+        files.make([""])
+        files.replace(WEIGHTS_FILE, serialise(tensors))
+        files.replace(SETTINGS_FILE, settings.encode())
+        if not is_url(path):
+            self.path = local_path(path)
 
     def digest(self) -> str:
         """sha256 of the weights: two SAEs with one digest compute the same."""
@@ -155,17 +160,25 @@ class SAE(nn.Module):
         return tensor.to(self.device, self.dtype)
 
 
-def load(path: str | os.PathLike[str]) -> SAE:
+def load(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> SAE:
     """The SAE in a directory: ours, or SAELens' (standard, topk, gated, jumprelu). Executes nothing it reads.
+
+    Ours may also be at an fsspec URL, to which `storage_options` go.
 
     Raises:
         FileNotFoundError: the directory holds no SAE; the message lists those one level below.
         FormatError: it was written by a newer version, or is of a kind that is not known here.
         CorruptObject: a file is damaged.
     """
-    directory = Path(path)
-    if (directory / SETTINGS_FILE).exists():
-        return _load_native(directory)
+    files = run_files(path, storage_options)
+    settings = files.read(SETTINGS_FILE)
+    if settings is not None:
+        return _load_native(files, settings, None if is_url(path) else local_path(path))
+    if is_url(path):
+        raise FileNotFoundError(
+            f"{files.url} has no {SETTINGS_FILE}; give the URL of one SAE of a finished run, e.g. RUN/topk-6144-32"
+        )
+    directory = local_path(path)
     if (directory / "cfg.json").exists():
         from .export import load_saelens
 
@@ -183,31 +196,41 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CorruptObject: it is not one.
     """
+    return parse_json(str(path), path.read_bytes())
+
+
+def parse_json(where: str, data: bytes) -> dict[str, Any]:
+    """A JSON object; `where` names it in messages.
+
+    Raises:
+        CorruptObject: it is not one.
+    """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(data)
     except ValueError as error:
-        raise CorruptObject(f"{path} is not JSON ({error}); it was damaged. Write it again.") from error
+        raise CorruptObject(f"{where} is not JSON ({error}); it was damaged. Write it again.") from error
     if not isinstance(value, dict):
-        raise CorruptObject(f"{path} holds a {type(value).__name__}, not an object. Write it again.")
+        raise CorruptObject(f"{where} holds a {type(value).__name__}, not an object. Write it again.")
     return value
 
 
-def _load_native(directory: Path) -> SAE:
-    cfg = read_json(directory / SETTINGS_FILE)
+def _load_native(files: RunFiles, settings: bytes, path: Path | None) -> SAE:
+    cfg = parse_json(f"{files.url}/{SETTINGS_FILE}", settings)
     found = cfg.pop("format", None)
     if found != FORMAT:
         raise FormatError(
-            f"{directory} holds SAE format {found}; this version reads {FORMAT}. Upgrade actcache."
+            f"{files.url} holds SAE format {found}; this version reads {FORMAT}. Upgrade actcache."
         )
-    tensors, _ = read_tensors(directory / WEIGHTS_FILE)
+    where, data = f"{files.url}/{WEIGHTS_FILE}", files.read(WEIGHTS_FILE)
+    if data is None:
+        raise FileNotFoundError(f"{where} does not exist; copy the whole directory, or write it again")
+    tensors, _ = parse_tensors(where, data)
     missing = set(TENSORS) - tensors.keys()
     if missing:
-        raise CorruptObject(
-            f"{directory / WEIGHTS_FILE} lacks {', '.join(sorted(missing))}. Train or copy it again."
-        )
+        raise CorruptObject(f"{where} lacks {', '.join(sorted(missing))}. Train or copy it again.")
     extra = {name for names in EXTRA_TENSORS.values() for name in names}
     known = {name: tensor for name, tensor in tensors.items() if name in (*TENSORS, *extra)}
-    return SAE(cfg, **known, path=directory)
+    return SAE(cfg, **known, path=path)
 
 
 def _check(

@@ -3,6 +3,7 @@
 Where we can not do as the source did, the docstring of the preset says so.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .architectures import Architecture, BatchTopK, JumpReLU, Optimiser, TopK
@@ -74,3 +75,9 @@ def gemma_scope_jumprelu(d_sae: int, l0_coefficient: float, n_rows: int) -> Pres
         training=Training(n_rows=n_rows, input_scale="unit"),
         batch_size=4096,
     )
+
+
+PRESETS: dict[str, Callable[..., Preset]] = {
+    f.__name__: f for f in (batchtopk_gpt2, openai_topk, gemma_scope_jumprelu)
+}
+"""Name, as on the command line, to function."""

@@ -1,24 +1,24 @@
 """The directory of a training run: what it holds, whether it is the same run, how it goes on.
 
-A run directory holds `run.json`, while unfinished `checkpoint.safetensors`, and for each SAE a
-directory `<architecture>-<d_sae>-<what controls its L0>` with `metrics.jsonl` and, once finished,
-the SAE itself.
+A run directory holds `run.json`, while unfinished a checkpoint, and for each SAE a directory
+`<architecture>-<d_sae>-<what controls its L0>` with `metrics.jsonl` and, once finished, the SAE
+itself. It is local or at any fsspec URL: sae/files.py has what differs.
 """
 
 import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from actcache.errors import Conflict, SpecError
+from actcache.errors import Conflict
 
 from . import checkpoint
 from .architectures import Architecture
-from .core import SAE, load, read_json
+from .core import SAE, load, parse_json
+from .files import run_files
 
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
 RUN_FORMAT = 1
@@ -27,8 +27,15 @@ RUN_FORMAT = 1
 class RunDirectory:
     """Files of one run; `description` is what makes two runs the same run."""
 
-    def __init__(self, path: Path, names: Sequence[str], description: Mapping[str, Any]) -> None:
-        self.path, self.names = path, list(names)
+    def __init__(
+        self,
+        location: str | os.PathLike[str],
+        names: Sequence[str],
+        description: Mapping[str, Any],
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.files, self.names = run_files(location, storage_options), list(names)
+        self.path, self.storage_options = self.files.url, storage_options
         self.description = json.loads(json.dumps({"format": RUN_FORMAT, **description}))
 
     def open(self, resume: bool) -> tuple[dict[str, Tensor], dict[str, Any]] | list[SAE] | None:
@@ -37,66 +44,56 @@ class RunDirectory:
         Raises:
             Conflict: it holds a run of other settings, or any run and `resume` is False.
         """
-        run_file = self.path / RUN_FILE
-        if run_file.exists():
-            found = read_json(run_file)
+        data = self.files.read(RUN_FILE)
+        if data is not None:
+            found = parse_json(f"{self.path}/{RUN_FILE}", data)
             finished = found.pop("finished", False)
             self._check_same_run(found, resume)
             if finished:
-                return [load(self.path / name) for name in self.names]
+                return [load(f"{self.path}/{name}", self.storage_options) for name in self.names]
         else:
-            self._make()
+            self.files.make(self.names)
             self._write_run(finished=False)
-        stored = checkpoint.load_checkpoint(self.path)
+        stored = self.files.load_checkpoint()
         if stored is None:
             for file in self.metrics_files:
-                file.write_bytes(b"")
+                self.files.cut(file, 0)
             return None
-        for file, size in zip(self.metrics_files, stored[1]["metrics_bytes"], strict=True):
-            os.truncate(file, size)
-        return stored
+        tensors, state = checkpoint.parse_checkpoint(*stored)
+        for file, size in zip(self.metrics_files, state["metrics_bytes"], strict=True):
+            self.files.cut(file, size)
+        return tensors, state
 
     @property
-    def metrics_files(self) -> list[Path]:
-        return [self.path / name / METRICS_FILE for name in self.names]
+    def metrics_files(self) -> list[str]:
+        return [f"{name}/{METRICS_FILE}" for name in self.names]
 
     def append_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """One line to each SAE's metrics.jsonl."""
         for file, line in zip(self.metrics_files, lines, strict=True):
-            with open(file, "a") as handle:
-                handle.write(json.dumps(line) + "\n")
+            self.files.append(file, (json.dumps(line) + "\n").encode())
 
     def save_checkpoint(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Replace the checkpoint, once the metrics that it counts are on the disk."""
-        for file in self.metrics_files:
-            with open(file, "ab") as handle:
-                os.fsync(handle.fileno())
-        sizes = [file.stat().st_size for file in self.metrics_files]
-        checkpoint.save_checkpoint(self.path, tensors, {**state, "metrics_bytes": sizes})
+        """Replace the checkpoint, once the metrics that it counts are stored."""
+        sizes = self.files.sync(self.metrics_files)
+        data = checkpoint.checkpoint_bytes(tensors, {**state, "metrics_bytes": sizes})
+        self.files.save_checkpoint(data, state["rows"])
 
     def finish(self, saes: Sequence[SAE]) -> None:
         """Save the SAEs, then mark the run as finished."""
+        self.files.sync(self.metrics_files)
         for s, name in zip(saes, self.names, strict=True):
-            s.save(self.path / name)
+            s.save(f"{self.path}/{name}", self.storage_options)
         self._write_run(finished=True)
-        checkpoint.remove_checkpoint(self.path)
+        self.files.remove_checkpoint()
 
     @property
     def has_checkpoint(self) -> bool:
-        return (self.path / checkpoint.CHECKPOINT_FILE).exists()
-
-    def _make(self) -> None:
-        try:
-            for name in self.names:
-                (self.path / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SpecError(
-                f"{self.path} can not be made: {error.strerror}. Choose a writable directory."
-            ) from error
+        return self.files.has_checkpoint()
 
     def _write_run(self, finished: bool) -> None:
         text = json.dumps({**self.description, "finished": finished}, indent=2) + "\n"
-        checkpoint.write_atomically(self.path / RUN_FILE, text.encode())
+        self.files.replace(RUN_FILE, text.encode())
 
     def _check_same_run(self, found: dict[str, Any], resume: bool) -> None:
         if not resume:
@@ -127,3 +124,12 @@ def run_names(configs: Sequence[Architecture]) -> list[str]:
     if twice:
         raise ValueError(f"two SAEs would both be called {twice[0]}; train them into separate directories")
     return names
+
+
+def last_metrics(
+    location: str | os.PathLike[str], name: str, storage_options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The last line of an SAE's metrics.jsonl, of a run that has one."""
+    data = run_files(location, storage_options).read(f"{name}/{METRICS_FILE}") or b""
+    found: dict[str, Any] = json.loads(data.splitlines()[-1])
+    return found

@@ -11,9 +11,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from .learner import Learner, geometric_median
 from .rundir import METRICS_FILE, RunDirectory, run_names
 from .step import Outcome
 from .streams import Batch, Stream, dataset_of, resumed
+from .trackers import make_trackers
 from .training import Training, input_factor
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,8 @@ def train(
     start: Sequence[SAE | None] | SAE | None = None,
     out: str | os.PathLike[str] | None = None,
     resume: bool = True,
+    log: Sequence[str] = (),
+    storage_options: Mapping[str, Any] | None = None,
 ) -> list[SAE]:
     """Trained SAEs, in the order of `configs`; the data are read once for all of them.
 
@@ -60,8 +62,10 @@ def train(
         training: rows, learning rate, seed.
         start: finished SAEs (`sae.load(...)`) to take the first weights from, one for each config
             or None; fine-tuning is this with a small learning rate. Adam starts afresh.
-        out: the run directory; None keeps nothing.
+        out: the run directory, local or at an fsspec URL; None keeps nothing.
         resume: False refuses a directory that already holds a run.
+        log: beside metrics.jsonl: "tensorboard", "wandb" (sae/trackers.py); changes no number.
+        storage_options: what fsspec needs for `out`; never stored.
 
     Raises:
         SpecError: a site that the stream has not, a stream that ends too soon, or a `start` of
@@ -72,7 +76,9 @@ def train(
     """
     listed = [configs] if isinstance(configs, Architecture) else list(configs)
     starts = list(start) if isinstance(start, Sequence) else [start] * len(listed)
-    trainer = Trainer(stream, listed, training, start=starts, out=out)
+    trainer = Trainer(
+        stream, listed, training, start=starts, out=out, log=log, storage_options=storage_options
+    )
     done = trainer.open(resume)
     if done is not None:
         return done
@@ -91,6 +97,8 @@ class Trainer:
         *,
         start: Sequence[SAE | None],
         out: str | os.PathLike[str] | None = None,
+        log: Sequence[str] = (),
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         if not configs:
             raise ValueError(
@@ -110,7 +118,10 @@ class Trainer:
         self.stats = {site: stream.stats(site) for site in {str(c.site): None for c in self.configs}}
         self.names = run_names(self.configs)
         self.learners = [self._learner(*both) for both in zip(self.configs, start, strict=True)]
-        self.directory = None if out is None else RunDirectory(Path(out), self.names, self._description())
+        self.directory = (
+            None if out is None else RunDirectory(out, self.names, self._description(), storage_options)
+        )
+        self.trackers = make_trackers(log, out)
         self._buffers: dict[str, Tensor] = {}
         self._log_rows, self._log_time, self._log_stall = 0, time.perf_counter(), 0.0
 
@@ -136,6 +147,8 @@ class Trainer:
         label = f"training {len(self.learners)} SAE{'s' if len(self.learners) > 1 else ''}"
         self._log_rows, self._log_time, self._log_stall = self.rows, time.perf_counter(), 0.0
         if self.rows < self.training.n_rows:
+            for tracker in self.trackers:
+                tracker.start(self._description(), self.step)
             batches = iter(self.stream)
             try:
                 with Progress(label, total=self.training.n_rows, unit="rows", done=self.rows) as progress:
@@ -144,6 +157,8 @@ class Trainer:
                 close = getattr(batches, "close", None)  # ends the threads of a stream that reads ahead
                 if close is not None:
                     close()
+                for tracker in self.trackers:
+                    tracker.close()
         saes = [learner.finished(self._cfg(learner)) for learner in self.learners]
         if self.directory is not None:
             self.directory.finish(saes)
@@ -238,10 +253,14 @@ class Trainer:
         ]
         if self.directory is not None:
             self.directory.append_metrics(lines)
+        for tracker in self.trackers:
+            tracker.log(dict(zip(self.names, lines, strict=True)), self.step)
         return {
+            "loss": "/".join(f"{line['loss']:.4g}" for line in lines),
             "fvu": "/".join(f"{line['fvu']:.3f}" for line in lines),
             "l0": "/".join(f"{line['l0']:.1f}" for line in lines),
             "dead": "/".join(str(line["dead"]) for line in lines),
+            "stall": f"{speed['stall_share']:.1%}",
         }
 
     def _metrics(self, learner: Learner, outcome: Outcome, n: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 import sae
 from actcache.errors import Conflict, CorruptObject, FormatError, StoreError
 from sae import checkpoint
+from sae.files import LocalFiles, StoredFiles, run_files
 
 CONFIGS = [
     sae.TopK(d_sae=64, k=6, optimiser=sae.Optimiser(ema_decay=0.9)),
@@ -127,7 +128,7 @@ def test_a_run_killed_by_sigkill_resumes_to_the_bit(straight: Path, tmp_path: Pa
         time.sleep(0.03 * kills)  # at the rename, between checkpoints, in a later step
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-        stored = checkpoint.load_checkpoint(out)  # never torn
+        stored = _checkpoint(out)  # never torn
         assert stored is not None
         assert stored[1]["rows"] > rows
         rows = stored[1]["rows"]
@@ -135,6 +136,11 @@ def test_a_run_killed_by_sigkill_resumes_to_the_bit(straight: Path, tmp_path: Pa
     sae.train(Breaking(_acts()), CONFIGS, TRAINING, out=out)
     assert _bits(out) == _bits(straight)
     assert _curves(out) == _curves(straight)
+
+
+def _checkpoint(out: Path) -> tuple[dict, dict] | None:
+    stored = LocalFiles(out).load_checkpoint()
+    return None if stored is None else checkpoint.parse_checkpoint(*stored)
 
 
 def _stamp(out: Path) -> int:
@@ -193,16 +199,18 @@ def test_a_disk_that_refuses_leaves_the_last_checkpoint_whole(tmp_path: Path) ->
         from pathlib import Path
         import torch
         from actcache.errors import StoreError
-        from sae.checkpoint import load_checkpoint, save_checkpoint
+        from sae.checkpoint import checkpoint_bytes, parse_checkpoint
+        from sae.files import LocalFiles
         out = Path(sys.argv[1])
-        save_checkpoint(out, {"w": torch.arange(10_000)}, {"rows": 1})
+        files = LocalFiles(out)
+        files.save_checkpoint(checkpoint_bytes({"w": torch.arange(10_000)}, {"rows": 1}), 1)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         try:
-            save_checkpoint(out, {"w": torch.zeros(10_000)}, {"rows": 2})
+            files.save_checkpoint(checkpoint_bytes({"w": torch.zeros(10_000)}, {"rows": 2}), 2)
         except StoreError as error:
             print(error)
-        tensors, state = load_checkpoint(out)
+        tensors, state = parse_checkpoint(*files.load_checkpoint())
         assert state["rows"] == 1 and torch.equal(tensors["w"], torch.arange(10_000))
         print(*[p.name for p in out.iterdir()])
     """)
@@ -232,3 +240,73 @@ def test_differences_name_the_field() -> None:
         "c: None -> present",
     ]
     assert checkpoint.differences(found, found) == []
+
+
+def _stored_bits(url: str, options: dict | None) -> dict[str, bytes]:
+    files = run_files(url, options)
+    return {name: files.read(f"{name}/weights.safetensors") or b"" for name in NAMES}
+
+
+def _interrupted_run_at(url: str, options: dict | None, straight: Path) -> None:
+    """Interrupt twice, once before the first checkpoint, resume: bits and curves of the local straight run."""
+    for stop in (5, 29):
+        with pytest.raises(Interrupted):
+            sae.train(Breaking(_acts(), after=stop), CONFIGS, TRAINING, out=url, storage_options=options)
+    files = run_files(url, options)
+    assert isinstance(files, StoredFiles)
+    assert files.has_checkpoint()
+    assert [o.key for o in files.store.listing("checkpoints")] == ["checkpoints/0000000000006200.safetensors"]
+    resumed = sae.train(Breaking(_acts()), CONFIGS, TRAINING, out=url, storage_options=options)
+    assert _stored_bits(url, options) == _bits(straight)
+    lines = (files.read(f"{NAMES[0]}/metrics.jsonl") or b"").splitlines()
+    clock = ("rows_per_s", "stall_share")
+    assert [{k: v for k, v in json.loads(x).items() if k not in clock} for x in lines] == _curves(straight)[0]
+    assert not files.has_checkpoint()
+    again = sae.train(Breaking(_acts(), after=0), CONFIGS, TRAINING, out=url, storage_options=options)
+    for name, s, found in zip(NAMES, resumed, again, strict=True):
+        assert s.digest() == found.digest() == sae.load(f"{url}/{name}", options).digest()
+        assert s.path is found.path is None
+    other = sae.Training(n_rows=20_000, seed=2, dead_after_rows=1500, checkpoint_every_rows=3000, log_every=3)
+    with pytest.raises(Conflict, match=r"training.seed: 1 -> 2"):
+        sae.train(Breaking(_acts()), CONFIGS, other, out=url, storage_options=options)
+
+
+def test_a_run_in_memory_resumes_to_the_bits_of_a_local_one(straight: Path) -> None:
+    _interrupted_run_at("memory://sae-checkpoints/run", None, straight)
+
+
+def test_a_run_on_s3_resumes_to_the_bits_of_a_local_one(straight: Path, s3: dict) -> None:
+    _interrupted_run_at("s3://bucket/sae/run", s3, straight)
+
+
+def test_two_runs_at_one_url_can_not_mix_their_checkpoints() -> None:
+    files = run_files("memory://sae-checkpoints/two")
+    files.save_checkpoint(b"of one run", 3000)
+    with pytest.raises(Conflict, match=r"checkpoints/0000000000003000.safetensors"):
+        files.save_checkpoint(b"of another", 3000)
+    assert files.load_checkpoint() == (
+        "memory://sae-checkpoints/two/checkpoints/0000000000003000.safetensors",
+        b"of one run",
+    )
+
+
+def test_a_store_that_fails_between_checkpoints_leaves_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = run_files("memory://sae-checkpoints/fails")
+    assert isinstance(files, StoredFiles)
+    files.save_checkpoint(b"whole", 3000)
+
+    def refuse(key: str, data: bytes) -> bool:
+        raise StoreError("refused")
+
+    monkeypatch.setattr(files.store, "create", refuse)
+    with pytest.raises(StoreError, match="refused"):
+        files.save_checkpoint(b"never there", 6000)
+    assert files.load_checkpoint() == (
+        "memory://sae-checkpoints/fails/checkpoints/0000000000003000.safetensors",
+        b"whole",
+    )
+
+
+def test_a_url_without_an_sae_is_one_clear_line() -> None:
+    with pytest.raises(FileNotFoundError, match=r"memory://nowhere has no sae.json; give the URL of one SAE"):
+        sae.load("memory://nowhere")

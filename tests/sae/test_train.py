@@ -429,21 +429,17 @@ def test_functions_are_not_hidden_by_the_modules_of_their_names() -> None:
 def test_the_command_line_makes_every_combination_that_makes_sense_and_refuses_the_rest() -> None:
     import click
 
-    from sae.__main__ import _combinations
+    from sae.options import combinations
 
     values = {"d_sae": (64, 128), "k": (4,), "target_l0": (8.0, 16.0), "k_aux": None, "bandwidth": 0.1}
-    found = _combinations(["a"], ("topk", "jumprelu"), None, values)
-    jump = [
-        sae.JumpReLU(d_sae=w, target_l0=t, bandwidth=0.1, site="a") for w in (64, 128) for t in (8.0, 16.0)
-    ]
-    assert found == [sae.TopK(d_sae=64, k=4, site="a"), sae.TopK(d_sae=128, k=4, site="a"), *jump]
-    (ghost,) = _combinations(
-        ["a"], ("topk",), "ghost", {"d_sae": (64,), "k": (4,), "scale_by_dead_share": True}
-    )
+    found = combinations(("topk", "jumprelu"), None, values)
+    jump = [sae.JumpReLU(d_sae=w, target_l0=t, bandwidth=0.1) for w in (64, 128) for t in (8.0, 16.0)]
+    assert found == [sae.TopK(d_sae=64, k=4), sae.TopK(d_sae=128, k=4), *jump]
+    (ghost,) = combinations(("topk",), "ghost", {"d_sae": (64,), "k": (4,), "scale_by_dead_share": True})
     assert ghost.revive == sae.GhostGrads(scale_by_dead_share=True)
-    (bare,) = _combinations(["a"], ("topk",), "none", {"d_sae": (64,), "k": (4,)})
+    (bare,) = combinations(("topk",), "none", {"d_sae": (64,), "k": (4,)})
     assert bare.revive is None
     with pytest.raises(click.UsageError, match="--bandwidth: no architecture or --revive chosen here"):
-        _combinations(["a"], ("topk",), None, {"d_sae": (64,), "k": (4,), "bandwidth": 0.1})
+        combinations(("topk",), None, {"d_sae": (64,), "k": (4,), "bandwidth": 0.1})
     with pytest.raises(click.UsageError, match="gated: Gated needs l1_coefficient; give a value"):
-        _combinations(["a"], ("gated",), None, {"d_sae": (64,)})
+        combinations(("gated",), None, {"d_sae": (64,)})
