@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "sae"))
 
 import features
+import peers
 import torch
 from hardware import report
-from s3_servers import environment
 from safetensors.torch import save_file
 
 import actcache
@@ -40,16 +41,6 @@ from sae.learner import Learner
 
 ROOT = Path(__file__).parents[1]
 BATCH_SIZE = 1024
-SAELENS = (
-    "sae-lens==6.54.12",
-    "torch==2.13.0",
-    "zarr",
-    "numcodecs",
-    "google-crc32c",
-    "s3fs",
-    "click",
-    "rich",
-)
 METRICS = ("mcc", "f1", "explained_variance")
 
 
@@ -139,7 +130,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke run: 40,960 rows, one seed")
     options = parser.parse_args()
     seeds = 1 if options.quick else options.seeds
-    python = environment(*SAELENS, without="torchvision") / "python"
+    python = peers.python()
     with tempfile.TemporaryDirectory() as temporary:
         for data in options.data or CONTESTS:
             n_rows = 40 * BATCH_SIZE if options.quick else options.rows or ROWS[data]
