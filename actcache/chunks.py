@@ -13,7 +13,7 @@ import numpy as np
 
 from .errors import RESTORE, CorruptObject
 from .manifest import ShardTable
-from .shard import decode_chunk, shard_key
+from .shard import Bytes, decode_chunk, shard_key
 from .store import Store
 
 _REQUEST_BYTES = 4 * 2**20
@@ -106,9 +106,9 @@ class ChunkReader:
                 chunks.append(decode_chunk(again, *options, checksum, array["by_column"], out))
         return chunks
 
-    def _read(self, key: str, start: int, stop: int, again: bool = False) -> bytes:
+    def _read(self, key: str, start: int, stop: int, again: bool = False) -> Bytes:
         try:
-            return (self.store.read_again if again else self.store.read)(key, start, stop)
+            return (self.store.read_again if again else self.store.read_part)(key, start, stop)
         except FileNotFoundError:
             raise CorruptObject(
                 f"{self.store.url}/{key} is missing although it was committed; {RESTORE}"

@@ -36,9 +36,9 @@ def _argsort_distinct(values_N: np.ndarray) -> np.ndarray:
         if order_N is None:
             order_N = np.argsort(digit_N, kind="stable")
         else:
-            order_N = order_N[np.argsort(digit_N[order_N], kind="stable")]
+            order_N = order_N.take(np.argsort(digit_N.take(order_N), kind="stable"))
     assert order_N is not None
-    upper_N = values_N[order_N] >> np.uint64(64 - 16 * digits)
+    upper_N = values_N.take(order_N) >> np.uint64(64 - 16 * digits)
     return np.argsort(values_N) if (upper_N[1:] == upper_N[:-1]).any() else order_N
 
 

@@ -23,6 +23,8 @@ _RESIDUE = 0x48674BC7  # crc32c of anything followed by its own crc32c
 _BLOSC = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "typesize": 2, "blocksize": 0}
 _TRANSPOSED_ROWS = 16  # rows transposed at a time, so that their cache lines stay: 2-3 times the speed of all
 
+Bytes = bytes | np.ndarray
+"""Bytes, or uint8 [n]."""
 Chunks = list[tuple[int, int]]
 """(offset, nbytes) of each chunk in a shard object, in C order; nbytes 0 where the chunk is absent."""
 
@@ -36,7 +38,7 @@ def chunk_checksums(data: bytes, chunks: Chunks) -> list[int]:
     return [struct.unpack_from("<I", data, at + size - 4)[0] if size else 0 for at, size in chunks]
 
 
-def crc32c(data: bytes) -> int:
+def crc32c(data: Bytes) -> int:
     """CRC-32C (Castagnoli) of the bytes."""
     return int(google_crc32c.value(data))
 
@@ -85,7 +87,7 @@ def encode_chunk(chunk: np.ndarray, by_column: bool = False) -> bytes:
 
 
 def decode_chunk(
-    payload: bytes,
+    payload: Bytes,
     shape: Sequence[int],
     dtype: np.dtype[Any],
     key: str,
@@ -104,10 +106,10 @@ def decode_chunk(
         raise CorruptObject(
             f"{key}: a chunk of {len(payload)} bytes does not match its crc32c, the object is damaged; {RESTORE}"
         )
-    if checksum is not None and struct.unpack_from("<I", payload, len(payload) - 4)[0] != checksum:
+    if checksum is not None and struct.unpack("<I", bytes(payload[-4:]))[0] != checksum:
         raise CorruptObject(f"{key}: a chunk is intact but not the one that was committed; {RESTORE}")
     out = np.empty(tuple(shape), dtype) if out is None else out
-    frame = memoryview(payload)[:-4]
+    frame = memoryview(payload)[:-4]  # type: ignore[arg-type]  # an array is a buffer too
     stated = _blosc_content_size(frame) if by_column else _frame_content_size(frame)
     if stated != out.nbytes:
         raise CorruptObject(f"{key}: a chunk decodes to another size than its {out.nbytes} bytes")

@@ -7,6 +7,7 @@ Shapes: L lanes of this rank, P positions of a lane, N rows.
 """
 
 import heapq
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from .order import Order, Window
 
 _SHARED_CHUNKS = 4
 """Decoded chunks kept, of each array, for the lanes that share them: where a lane has less than one."""
+_CACHE_LINE = 64
 
 
 @dataclass(eq=False)
@@ -70,11 +72,10 @@ class Windows:
         n_lanes = len(lanes)
         n_slots = _n_slots(self.slot_bytes(layout, order), n_lanes, order, prefetch_bytes)
         self._pool = {
-            name: np.empty((n_slots, self._slot_rows, *array["row"]), array["dtype"])
+            name: _aligned((n_slots, self._slot_rows, *array["row"]), array["dtype"])
             for name, array in layout.items()
         }
-        self._served = np.empty((n_slots, self._slot_rows), np.int32)
-        """By slot: which of its rows each position of its window serves."""
+        self._scratch = threading.local()
         self._read = lru_cache(_SHARED_CHUNKS * len(layout))(chunks.read)
         self._lane_L = np.array(lanes)
         self._slot_L = np.full(n_lanes, -1)
@@ -92,7 +93,7 @@ class Windows:
     def slot_bytes(layout: dict[str, dict[str, Any]], order: Order) -> int:
         """What one window takes in memory."""
         row = sum(int(np.prod(a["row"], dtype=np.int64)) * a["dtype"].itemsize for a in layout.values())
-        return order.window_rows * (row + 4)
+        return order.window_rows * row
 
     def close(self) -> None:
         """End the threads; what they were doing is dropped."""
@@ -127,8 +128,7 @@ class Windows:
         position_P = np.arange(position, stop)[:, None]
         slot_PL = position_P - self._start_L
         np.clip(slot_PL, 0, self._slot_rows - 1, out=slot_PL)  # lanes that have ended are cut below
-        first_L = self._slot_L * self._slot_rows
-        index_N = (self._served.reshape(-1).take(slot_PL + first_L) + first_L).ravel()
+        index_N = (slot_PL + self._slot_L * self._slot_rows).ravel()
         row_N = (position_P * self._order.lanes + self._lane_L).ravel()
         if row_N[0] < begin or row_N[-1] >= end:
             index_N = index_N[(row_N >= begin) & (row_N < end)]
@@ -183,19 +183,36 @@ class Windows:
                 yield _Coming(e, window, order)
 
     def _load(self, coming: _Coming) -> None:
-        """Fill a slot with the rows of a window."""
-        slot, window = coming.slot, coming.window
-        self._served[slot, : window.n_rows] = coming.order.window_permutation(window)
+        """Fill a slot with a window's rows in the order in which they are served."""
+        window, permutation = coming.window, coming.order.window_permutation(coming.window)
         for name, pool in self._pool.items():
-            whole = self._chunks.layout[name]["chunk_rows"]
-            at = 0
-            for span in window.spans:
-                out = pool[slot, at : at + span.stop - span.start]
-                if len(out) == whole:
-                    self._chunks.read_into(name, span.chunk, out)
-                else:
-                    out[:] = self._read(name, span.chunk)[span.start : span.stop]
-                at += len(out)
+            rows = self._stored_rows(name, window)
+            # decoded rows are still in the core's cache; "clip" goes without the copy that "raise" makes
+            rows.take(permutation, axis=0, out=pool[coming.slot, : window.n_rows], mode="clip")
+
+    def _stored_rows(self, name: str, window: Window) -> np.ndarray:
+        """A window's rows as they are stored, in memory that the thread uses again."""
+        pool, whole = self._pool[name], self._chunks.layout[name]["chunk_rows"]
+        if name not in self._scratch.__dict__:
+            self._scratch.__dict__[name] = _aligned(pool.shape[1:], pool.dtype)
+        rows = self._scratch.__dict__[name][: window.n_rows]
+        at = 0
+        for span in window.spans:
+            out = rows[at : at + span.stop - span.start]
+            if len(out) == whole:
+                self._chunks.read_into(name, span.chunk, out)
+            else:
+                out[:] = self._read(name, span.chunk)[span.start : span.stop]
+            at += len(out)
+        return rows
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Fresh memory that begins at a cache line, so that rows of whole lines lie in as few as they can."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(size + _CACHE_LINE, np.uint8)
+    start = -raw.ctypes.data % _CACHE_LINE
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _count(row: int, lane: int, lanes: int) -> int:

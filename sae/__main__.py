@@ -339,7 +339,12 @@ def _show_results(out: str, names: list[str], storage_options: Mapping[str, Any]
 @cli.command("export")
 @click.argument("sae_dir", type=click.Path(path_type=Path))
 @click.option(
-    "--to", "format", type=click.Choice(["saelens"]), default="saelens", show_default=True, help="Format."
+    "--to",
+    "format",
+    type=click.Choice(["saelens", "dictionary_learning"]),  # sae.export.FORMATS, without importing torch
+    default="saelens",
+    show_default=True,
+    help="Format.",
 )
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Directory to write."
@@ -352,7 +357,8 @@ def export_command(
     """Write the SAE in SAE_DIR in another project's format.
 
     saelens: a directory that SAELens' `SAE.load_from_disk` reads; batchtopk and matryoshka become
-    jumprelu with their inference threshold, the others stay what they are.
+    jumprelu with their inference threshold, the others stay what they are. dictionary_learning: its
+    `ae.pt` and `config.json`.
 
     \b
     Example:

@@ -161,12 +161,13 @@ class SAE(nn.Module):
 
 
 def load(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> SAE:
-    """The SAE in a directory: ours, or SAELens' (standard, topk, gated, jumprelu). Executes nothing it reads.
+    """The SAE in a directory: ours, or SAELens' or dictionary_learning's. Executes nothing it reads.
 
     Ours may also be at an fsspec URL, to which `storage_options` go.
 
     Raises:
-        FileNotFoundError: the directory holds no SAE; the message lists those one level below.
+        FileNotFoundError: the directory holds no SAE; the message says what it holds, and lists
+            the SAEs one level below.
         FormatError: it was written by a newer version, or is of a kind that is not known here.
         CorruptObject: a file is damaged.
     """
@@ -179,15 +180,25 @@ def load(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None
             f"{files.url} has no {SETTINGS_FILE}; give the URL of one SAE of a finished run, e.g. RUN/topk-6144-32"
         )
     directory = local_path(path)
-    if (directory / "cfg.json").exists():
-        from .export import load_saelens
+    if not directory.is_dir():
+        what = "is a file" if directory.exists() else "does not exist"
+        raise FileNotFoundError(f"{directory} {what}; give a directory written by sae.train or sae.export")
+    from .export import FORMATS, foreign_below, load_foreign
 
-        return load_saelens(directory)
-    below = sorted(p.parent.name for p in directory.glob(f"*/{SETTINGS_FILE}"))
+    s = load_foreign(directory)
+    if s is not None:
+        return s
+    runs = sorted(p.parent.name for p in directory.glob(f"*/{SETTINGS_FILE}"))
+    below = runs or foreign_below(directory)
+    names = sorted(p.name for p in directory.iterdir())[:5]
     hint = (
-        f"it holds runs: {', '.join(below)}. Name one." if below else "Give a directory written by sae.train."
+        f"it holds {'runs' if runs else 'SAEs'}: {', '.join(below)}. Name one."
+        if below
+        else f"it has {', '.join(names) or 'no files'}. Give a directory written by sae.train."
     )
-    raise FileNotFoundError(f"{directory} has neither {SETTINGS_FILE} nor a SAELens cfg.json; {hint}")
+    raise FileNotFoundError(
+        f"{directory} has neither {SETTINGS_FILE} nor the files of {' or '.join(FORMATS)}; {hint}"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -207,7 +218,7 @@ def parse_json(where: str, data: bytes) -> dict[str, Any]:
     """
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptObject(f"{where} is not JSON ({error}); it was damaged. Write it again.") from error
     if not isinstance(value, dict):
         raise CorruptObject(f"{where} holds a {type(value).__name__}, not an object. Write it again.")
@@ -249,8 +260,11 @@ def _check(
         raise FormatError(
             f"architecture {architecture!r} is not known; this version runs {', '.join(ARCHITECTURES)}"
         )
-    if architecture == "topk" and not 1 <= int(cfg.get("k") or 0) <= f:
-        raise SpecError(f"a topk SAE has k {cfg.get('k')}; it must be between 1 and d_sae = {f}")
+    if not (isinstance(d, int) and isinstance(f, int)):
+        raise SpecError(f"d_in is {d!r} and d_sae {f!r}; both must be whole numbers")
+    k = cfg.get("k")
+    if architecture == "topk" and not (isinstance(k, int) and 1 <= k <= f):
+        raise SpecError(f"a topk SAE has k {k!r}; it must be a whole number between 1 and d_sae = {f}")
     lacking = [name for name in EXTRA_TENSORS.get(architecture, ()) if extra[name] is None]
     if lacking:
         raise CorruptObject(
@@ -261,9 +275,10 @@ def _check(
         "b_enc": (b_enc, (f,)),
         "W_dec": (W_dec, (f, d)),
         "b_dec": (b_dec, (d,)),
+        **{name: (tensor, (f,)) for name, tensor in extra.items() if tensor is not None},
     }
     for name, (tensor, wanted) in shapes.items():
-        if tuple(tensor.shape) != wanted:
+        if tuple(tensor.shape) != wanted and not (name == "threshold" and tensor.ndim == 0):
             raise CorruptObject(
                 f"{name} has shape {tuple(tensor.shape)}, but d_in {d} and d_sae {f} want {wanted}; "
                 "settings and weights belong to different SAEs"

@@ -128,7 +128,7 @@ class LocalFiles(RunFiles):
             ) from error
 
     def read(self, name: str) -> bytes | None:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return (self.path / name).read_bytes()
         return None
 

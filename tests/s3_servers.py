@@ -48,18 +48,27 @@ def rclone(directory: Path) -> Iterator[dict[str, Any]]:
         yield options
 
 
-def environment(requirement: str) -> Path:
-    """The `bin` of a virtual environment with `requirement`; one session makes it, others wait for it."""
+def environment(name: str, *more: str, without: str | None = None) -> Path:
+    """The `bin` of a virtual environment, kept; one session makes it, others wait for it.
+
+    Args:
+        name: a requirement, and what the environment is called after.
+        more: other requirements, installed in the same call.
+        without: a package to remove again.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "actcache-tests"
     cache.mkdir(parents=True, exist_ok=True)
-    name = f"{requirement}-py{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
-    venv, complete = cache / name, cache / f"{name}.complete"
-    with open(cache / f"{name}.lock", "w") as lock:
+    called = f"{name}-py{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+    venv, complete = cache / called, cache / f"{called}.complete"
+    with open(cache / f"{called}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (complete.exists() and (venv / "bin" / "python").exists()):
             shutil.rmtree(venv, ignore_errors=True)  # a session may have died in the middle
+            pip = [venv / "bin" / "python", "-m", "pip"]
             subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-            subprocess.run([venv / "bin" / "python", "-m", "pip", "install", "-q", requirement], check=True)
+            subprocess.run([*pip, "install", "-q", name, *more], check=True)
+            if without is not None:
+                subprocess.run([*pip, "uninstall", "-q", "-y", without], check=True)
             complete.touch()
     return venv / "bin"
 

@@ -1,4 +1,4 @@
-"""The native directory and SAELens' format: what is written is what is read, to the bit."""
+"""The native directory and other projects' formats: what is written is what is read."""
 
 import json
 import subprocess
@@ -161,7 +161,7 @@ def test_saelens_jumprelu_and_standard_follow_their_formulas(tmp_path: Path, arc
         (
             "temporal",
             {},
-            "holds a SAELens 'temporal' SAE; this version reads standard, topk, gated, jumprelu",
+            "holds a SAELens 'temporal' SAE; this version reads standard, topk, gated, jumprelu, batchtopk",
         ),
         ("topk", {}, "lacks k"),
         ("topk", {"k": 4, "normalize_activations": "layer_norm"}, "normalize_activations to 'layer_norm'"),
@@ -183,7 +183,10 @@ def test_damaged_or_missing_directories_are_named(run: Path, tmp_path: Path) -> 
         FileNotFoundError, match=r"holds runs: batchtopk-48-4, gated-48-1, .*, topk-48-4\. Name one"
     ):
         sae.load(run)
-    with pytest.raises(FileNotFoundError, match=r"has neither sae\.json nor a SAELens cfg\.json"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"has neither sae\.json nor the files of saelens or dictionary_learning; it has no files",
+    ):
         sae.load(tmp_path)
     sae.load(run / "topk-48-4").save(tmp_path)
     settings = json.loads((tmp_path / "sae.json").read_text())
@@ -200,7 +203,9 @@ def test_damaged_or_missing_directories_are_named(run: Path, tmp_path: Path) -> 
 
 
 def test_an_unknown_format_names_the_known_one(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="format 'onnx' is not known; there is saelens"):
+    with pytest.raises(
+        ValueError, match="format 'onnx' is not known; there are saelens, dictionary_learning"
+    ):
         sae.export(sae.load(run / "topk-48-4"), "onnx", tmp_path)
 
 
