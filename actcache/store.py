@@ -244,7 +244,7 @@ class LocalStore(Store):
                 buffer = getattr(self._part, "buffer", None)
                 if buffer is None or len(buffer) < n:
                     buffer = self._part.buffer = np.empty(n, np.uint8)
-                n = os.preadv(descriptor, [memoryview(buffer)[:n]], start)
+                n = os.preadv(descriptor, [buffer[:n]], start)  # type: ignore[list-item]  # an array is a buffer too
             finally:
                 os.close(descriptor)
         return buffer[:n]
