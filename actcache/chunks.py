@@ -46,21 +46,18 @@ class ChunkReader:
         """The requests that bring these chunks (ascending numbers), neighbours joined up to 4 MiB."""
         table = self.tables[f"{self.split}/{path}"]
         per_shard = table.chunk_nbytes.shape[1]
-        nbytes = table.chunk_nbytes.reshape(-1)
-        end = table.chunk_offset.reshape(-1) + nbytes
-        run: list[int] = []
-        for chunk in chunks:
-            if run and (
-                chunk != run[-1] + 1
-                or chunk % per_shard == 0
-                or end[run[-1]] + nbytes[chunk] != end[chunk]
-                or end[chunk] - end[run[0]] + nbytes[run[0]] > _REQUEST_BYTES
+        start_C = table.chunk_offset.reshape(-1)[chunks].tolist()
+        stop_C = (table.chunk_offset.reshape(-1)[chunks] + table.chunk_nbytes.reshape(-1)[chunks]).tolist()
+        first = 0
+        for i in range(1, len(chunks) + 1):
+            if i == len(chunks) or (
+                chunks[i] != chunks[i - 1] + 1
+                or chunks[i] % per_shard == 0
+                or start_C[i] != stop_C[i - 1]
+                or stop_C[i] - start_C[first] > _REQUEST_BYTES
             ):
-                yield Request(path, run[0], run[-1] + 1)
-                run = []
-            run.append(chunk)
-        if run:
-            yield Request(path, run[0], run[-1] + 1)
+                yield Request(path, chunks[first], chunks[i - 1] + 1)
+                first = i
 
     def read(self, path: str, chunk: int) -> np.ndarray:
         """One whole chunk, with the padding of a split's last one; not to be written to."""

@@ -6,7 +6,6 @@ Shapes: N rows, D = d_in, T = context_size.
 """
 
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,32 +13,27 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from .cache import DEFAULT_CACHE_BYTES, Cache, CachedStore
 from .chunks import ChunkReader, Request
-from .codec import Calibration, Precision, decode
-from .corpus import TokenStore, kept_tokens, open_tokens
-from .errors import CorruptObject, ForkedProcess, FormatError, NotADataset, SpecError
+from .corpus import kept_tokens
+from .errors import SpecError
 from .filters import Where
-from .layout import array_layout, n_shards, read_calibration, site_rows
+from .layout import site_rows
 from .manifest import (
-    OBJECTS,
-    STATISTICS,
     Manifest,
     read_manifest,
-    read_segment,
     statistics_of,
 )
+from .opened import Opened
 from .order import DEFAULT_LANES
 from .packing import document_places, position_ids
-from .spec import digest, nearest
+from .spec import nearest
 from .statistics import merge
-from .store import Store, open_store
+from .store import open_store
 from .stream import Rows, Stream, StreamOptions
-from .tables import SegmentObjects, Tables
-from .untrusted import ParquetFile
+from .tables import Tables
 
 Index = slice | Sequence[int] | np.ndarray | int
 Places = slice | np.ndarray
@@ -135,7 +129,7 @@ def open_dataset(
     store = open_store(url, storage_options)
     if cache_dir is not None:
         store = CachedStore(store, Cache(cache_dir, cache_bytes))
-    shared = _Shared(store, read_manifest(store, version), storage_options)
+    shared = Opened(store, read_manifest(store, version), storage_options)
     shared.reopen = {
         "url": store.url,
         "version": shared.manifest.version,
@@ -150,116 +144,13 @@ def _reopen(split: str, arguments: dict[str, Any]) -> "Dataset":
     return open_dataset(**arguments).split(split)
 
 
-class _Shared:
-    """What the splits of one opened dataset have in common."""
-
-    def __init__(
-        self, store: Store, manifest: Manifest, storage_options: Mapping[str, Any] | None = None
-    ) -> None:
-        self.store, self.manifest, self._storage_options = store, manifest, storage_options
-        self.reopen: dict[str, Any] = {"url": store.url, "version": manifest.version}
-        self._process = os.getpid()
-        self.precision = Precision.parse(manifest.identity["precision"])
-        self.calibration = lru_cache(maxsize=None)(self._calibration)
-        self.tables = lru_cache(maxsize=None)(self._tables)
-        self._table_lock = threading.Lock()
-
-    def check_process(self) -> None:
-        """Refuse to go on in a forked child: threads and connections stayed behind, and it would hang.
-
-        Raises:
-            ForkedProcess: this is not the process that opened the dataset.
-        """
-        if os.getpid() != self._process:
-            raise ForkedProcess(
-                f"{self.store.url} was opened in process {self._process} and is used in its fork "
-                f"{os.getpid()}. Open it after the fork, or start processes by spawn "
-                '(DataLoader: multiprocessing_context="spawn")'
-            )
-
-    @cached_property
-    def layout(self) -> dict[str, dict[str, Any]]:
-        """Of the arrays of a split."""
-        return array_layout(self.manifest.identity, {s: e.d_in for s, e in self.manifest.sites.items()})
-
-    def objects(self) -> pa.Table:
-        """path, shard and size_bytes of every object that the segments name."""
-        columns = ("path", "shard", "size_bytes")
-        tables = [file.read(columns) for file in self._read("objects")]
-        return pa.concat_tables([OBJECTS.empty_table().select(columns), *tables])
-
-    @cached_property
-    def statistics(self) -> pa.Table:
-        tables = [file.read() for file in self._read("statistics")]
-        return pa.concat_tables([STATISTICS.empty_table(), *tables])
-
-    @cached_property
-    def tokens(self) -> TokenStore:
-        """The token store that the harvest made, beside the dataset."""
-        root = open_store(self.store.url.rpartition("/")[0], self._storage_options)
-        wanted = digest(self.manifest.identity["tokens"])
-        for name in root.folders("tokens"):
-            if name.endswith(f"-{wanted[:12]}"):
-                tokens = open_tokens(root.sub("tokens").sub(name))
-                if tokens is not None and tokens.manifest["id"] == wanted:
-                    return tokens
-        raise NotADataset(
-            f"{root.url}/tokens holds no token store of {self.store.url}; it names the documents' files. "
-            "Copy it there, or harvest again"
-        )
-
-    def _tables(self, split: str) -> Tables:
-        """The chunk tables of a split, read and decoded when they are asked for."""
-        counts = n_shards(self.manifest, split)
-        return Tables(
-            split, counts, self.layout, lambda: self._segment_objects, self._table_lock, self.store.url
-        )
-
-    @cached_property
-    def _segment_objects(self) -> list[SegmentObjects]:
-        return [SegmentObjects(file) for file in self._read("objects")]
-
-    def _read(self, kind: str) -> list[ParquetFile]:
-        """One file of each segment, digests verified; nothing of them is decoded yet."""
-        files = [(getattr(s, kind), getattr(s, f"{kind}_sha256")) for s in self.manifest.segments]
-        try:
-            with ThreadPoolExecutor(_SEGMENT_THREADS, thread_name_prefix="actcache-segments") as pool:
-                return list(pool.map(lambda file: read_segment(self.store, *file), files))
-        except CorruptObject:
-            read_manifest(self.store, self.manifest.version)  # says so if gc removed the pinned version
-            raise
-
-    def _calibration(self, site: str) -> Calibration:
-        extent = self.manifest.sites[site]
-        calibration = read_calibration(self.store, site, extent.calibration_sha256)
-        if len(calibration.offset_D) != extent.d_in:
-            raise FormatError(
-                f"{self.store.url}: the calibration of {site} has {len(calibration.offset_D)} channels, "
-                f"wanted {extent.d_in}"
-            )
-        return calibration
-
-    def decode(
-        self,
-        site: str,
-        codes_ND: np.ndarray,
-        scale_N: np.ndarray | None,
-        out: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """float32 rows of a site, in `out` if given."""
-        if not self.precision.quantised:
-            return decode(codes_ND, None, None, self.precision, out=out)
-        c = self.calibration(site)
-        return decode(codes_ND, scale_N, c.offset_D, self.precision, c.rotation_DD, out)
-
-
 class Dataset:
     """One split of a committed dataset. Safe to read from many threads.
 
     A pickle of it holds its URL, version and storage options: another process opens it again.
     """
 
-    def __init__(self, shared: _Shared, split: str) -> None:
+    def __init__(self, shared: Opened, split: str) -> None:
         self._shared, self.split_name = shared, split
         self._chunk = lru_cache(maxsize=64)(lambda path, chunk: self._chunks.read(path, chunk))
 

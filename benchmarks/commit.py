@@ -22,7 +22,8 @@ from synthetic import LOSSES, SITES, Synthetic
 from watched import Watched
 
 from actcache.manifest import read_manifest
-from actcache.reader import Dataset, _Shared
+from actcache.opened import Opened
+from actcache.reader import Dataset
 from actcache.store import open_store
 
 _TIMED = 64
@@ -96,7 +97,7 @@ def measure(directory: str, n_blocks: int, per_commit: int, d_in: int) -> dict[s
 
 def _read(store: Any) -> Dataset:
     """A reader with the chunk tables of all arrays and one site's offset: before its first chunk."""
-    dataset = Dataset(_Shared(store, read_manifest(store)), "train")
+    dataset = Dataset(Opened(store, read_manifest(store)), "train")
     dataset._shared.calibration(SITES[0])
     assert len(dataset._tables[f"train/{SITES[0]}/codes"].size_bytes)
     return dataset

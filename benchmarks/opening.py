@@ -30,8 +30,9 @@ from watched import Watched
 
 from actcache.layout import array_layout
 from actcache.manifest import BlockRecord, read_manifest
+from actcache.opened import Opened
 from actcache.order import DEFAULT_LANES, Order, default_window
-from actcache.reader import Dataset, _Shared
+from actcache.reader import Dataset
 from actcache.shard import crc32c, encode_chunk, shard_key
 from actcache.store import open_store
 
@@ -161,7 +162,7 @@ def measure(directory: str) -> dict[str, Any]:
     """What the reader of this process takes."""
     store: Any = Watched(open_store(directory))
     baseline, begun = _peak_bytes(), time.perf_counter()
-    dataset = Dataset(_Shared(store, read_manifest(store)), "train")
+    dataset = Dataset(Opened(store, read_manifest(store)), "train")
     opened = time.perf_counter()
     stream = dataset.stream(SITES[0], batch_size=_BATCH, seed=_SEED)
     for name in stream._names:

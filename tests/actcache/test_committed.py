@@ -22,7 +22,8 @@ from actcache.manifest import (
     read_manifest,
     read_segment_table,
 )
-from actcache.reader import Dataset, _Shared
+from actcache.opened import Opened
+from actcache.reader import Dataset
 from actcache.segments import COMPLETE_SEGMENTS, FAN_IN
 from actcache.statistics import Statistics, merge
 
@@ -31,7 +32,7 @@ SHAPE = {"block_rows": 4096, "chunk_rows": 1024, "context_size": 64}
 
 def opened(store, version=None):
     """As `actcache.open`, of any store."""
-    return Dataset(_Shared(store, read_manifest(store, version)), "train")
+    return Dataset(Opened(store, read_manifest(store, version)), "train")
 
 
 def committed_with(n_blocks, per_commit, store=None):
@@ -133,13 +134,13 @@ def test_merged_segments_say_what_the_records_said(per_commit):
 def check_manifest(store, manifest):
     """What a version says of sizes and fidelity is what its segments say."""
     for split in SPLITS:
-        dataset = Dataset(_Shared(store, manifest), split)
+        dataset = Dataset(Opened(store, manifest), split)
         assert manifest.splits[split]["size_bytes"] == dataset.size_bytes()
     for site in manifest.sites:
         split = next((s for s in SPLITS if manifest.sites[site].n_blocks[s]), None)
         if split is None:
             continue
-        stats = Dataset(_Shared(store, manifest), split).stats(site)
+        stats = Dataset(Opened(store, manifest), split).stats(site)
         for name in ("n_rows", "max_error", "rows_rescaled"):
             assert manifest.fidelity[site][name] == stats[name]
         for name in ("fvu_core", "fvu_all", "bits_per_value"):

@@ -22,8 +22,9 @@ from actcache.corpus import kept_tokens
 from actcache.driver import _blocks_wanted, _claim, _write_metadata
 from actcache.layout import read_calibration
 from actcache.manifest import BlockRecord, latest_version, read_manifest, record_key
+from actcache.opened import Opened
 from actcache.order import permutation
-from actcache.reader import Dataset, _Shared
+from actcache.reader import Dataset
 
 ROWS = 1024
 EXTENTS = st.fixed_dictionaries(
@@ -231,7 +232,7 @@ class Protocol(RuleBasedStateMachine):
     def check_rows(self, manifest):
         """Each row once, in its place, with its values; what the manifest says of it is right."""
         for split, whole in self.whole.items():
-            dataset = Dataset(_Shared(self.store, manifest), split)
+            dataset = Dataset(Opened(self.store, manifest), split)
             assert dataset.size_bytes() == manifest.splits[split]["size_bytes"]
             if not dataset.n_rows:
                 continue

@@ -16,7 +16,8 @@ from watched import DictStore, Watched
 from actcache.errors import ActcacheError, CorruptObject, FormatError
 from actcache.layout import n_shards
 from actcache.manifest import OBJECTS, read_manifest, read_segment_table
-from actcache.reader import Dataset, _Shared
+from actcache.opened import Opened
+from actcache.reader import Dataset
 from actcache.tables import SegmentObjects, shard_table
 from actcache.untrusted import ParquetFile
 
@@ -40,7 +41,7 @@ def complete(n_blocks, per_commit, sites=SITES):
 
 
 def opened(store):
-    return Dataset(_Shared(store, read_manifest(store)), "train")
+    return Dataset(Opened(store, read_manifest(store)), "train")
 
 
 @pytest.fixture(scope="module")

@@ -73,6 +73,8 @@ class Watched:
         self.n_bytes: Counter[str] = Counter()
 
     def __getattr__(self, name: str) -> Any:
+        if name == "read_part":  # a reading like another
+            return self.read
         found = getattr(self.store, name)
         if name not in WRITES + READS:
             return found
