@@ -154,8 +154,8 @@ class Monitor:
             fields["workers"] = f"{ready}/{len(workers)}"
         if self._failed:
             fields["set aside"] = self._failed
-        if (behind := _share(total, "behind_store_s")) >= 0.05:
-            fields["waiting for the store"] = f"{behind:.0%}"
+        behind = _share(total, "behind_store_s")
+        fields["waiting for the store"] = f"{behind:.0%}" if behind >= 0.05 else None
         self._bar.advance(0, **fields)
         if 1 < len(workers) <= _SHOWN_WORKERS:
             for worker in workers:
@@ -219,9 +219,9 @@ def _summed(workers: Sequence["WorkerState"]) -> dict[str, float]:
 
 
 def _share(total: Mapping[str, float], name: str) -> float:
-    """Of the LM's time: computing, or standing still for one of two reasons."""
+    """Of the LM's time: computing, or standing still for one of two reasons. 0 in its first second."""
     whole = sum(total.get(n, 0) for n in ("forward_s", "behind_encode_s", "behind_store_s"))
-    return total.get(name, 0) / whole if whole else 0.0
+    return total.get(name, 0) / whole if whole >= 1 else 0.0
 
 
 def _bits_per_value(record: BlockRecord) -> str:

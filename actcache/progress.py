@@ -78,9 +78,9 @@ class Progress:
         return self
 
     def advance(self, n: int = 1, **fields: object) -> None:
-        """Count `n` more units and show the given fields (`loss=0.12`) beside the rate."""
+        """Count `n` more units and show the given fields (`loss=0.12`) beside the rate; None removes one."""
         self._done += n
-        self._fields.update(fields)
+        self._fields = {name: x for name, x in {**self._fields, **fields}.items() if x is not None}
         now = time.monotonic()
         if self._rich is not None:
             self._rich.update(self._task, completed=self._done, line=self._line(now))

@@ -14,9 +14,10 @@ from digests import array_digests
 from tiny_harvest import SITES, tiny_spec
 
 import actcache
-from actcache.dispatch import ATTEMPTS, Drain, work_off
+from actcache.dispatch import ATTEMPTS, Drain, _share, work_off
 from actcache.errors import HarvestError, NonFiniteActivation, StoreError, WorkerLost
 from actcache.manifest import BlockRecord
+from actcache.progress import Progress
 
 
 class Scripted:
@@ -224,3 +225,14 @@ def test_the_budget_of_bytes_holds_one_block_at_a_time_and_uploads_side_by_side_
     tight = actcache.harvest(spec, str(tmp_path / "tight"), buffer_bytes=1, progress=False)
     assert array_digests(tight.url) == array_digests(usual.url)
     assert tight.manifest.provenance["behind_store_s"] > 0
+
+
+def test_what_was_waited_for_is_shown_while_it_is_so(capsys):
+    """Not in the first second, whose shares mean nothing, and not once it is over."""
+    assert _share({"forward_s": 0.0, "behind_store_s": 1e-6}, "behind_store_s") == 0
+    assert _share({"forward_s": 1.0, "behind_encode_s": 2.0, "behind_store_s": 1.0}, "behind_store_s") == 0.25
+    bar = Progress("harvest", 10)
+    bar.advance(1, store="25%", blocks="1/2")
+    assert "store 25%" in bar._line(time.monotonic())
+    bar.advance(1, store=None)
+    assert bar._line(time.monotonic()).endswith("blocks 1/2")
