@@ -13,7 +13,7 @@ import logging
 import os
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import google_crc32c
@@ -175,6 +175,20 @@ class CachedStore(Store):
             if stop is None or len(data) == stop - start:
                 self.cache.put(name, start, stop, data)
         return data
+
+    def read_parts(self, parts: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
+        names = [f"{self.url}/{key}" if _immutable(key) else None for key, *_ in parts]
+        found = [
+            None if name is None else self.cache.get(name, start, stop)
+            for name, (_, start, stop) in zip(names, parts, strict=True)
+        ]
+        missing = [i for i, data in enumerate(found) if data is None]
+        for i, data in zip(missing, self.store.read_parts([parts[i] for i in missing]), strict=True):
+            name, (_, start, stop) = names[i], parts[i]
+            if data is not None and name is not None and len(data) == stop - start:
+                self.cache.put(name, start, stop, data)
+            found[i] = data
+        return found
 
     def read_again(self, key: str, start: int, stop: int) -> bytes:
         """As `read`, from the store: what the cache holds of these bytes was found damaged."""

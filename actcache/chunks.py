@@ -63,14 +63,31 @@ class ChunkReader:
         """One whole chunk, with the padding of a split's last one; not to be written to."""
         return self.fetch(Request(path, chunk, chunk + 1))[0]
 
-    def read_into(self, path: str, chunk: int, out: np.ndarray) -> None:
-        """One whole chunk, into a contiguous array of its shape."""
-        found = self.fetch(Request(path, chunk, chunk + 1), out)[0]
+    def read_into(self, path: str, chunk: int, out: np.ndarray, data: Bytes | None = None) -> None:
+        """One whole chunk, into a contiguous array of its shape; from `data`, if its bytes are there already."""
+        found = self.fetch(Request(path, chunk, chunk + 1), out, data)[0]
         if found is not out:  # a constant
             out[...] = found
 
-    def fetch(self, request: Request, out: np.ndarray | None = None) -> list[np.ndarray]:
-        """The whole chunks of a request; not to be written to. A single chunk is decoded into `out` if given.
+    def bytes_of(self, chunks: Sequence[tuple[str, int]]) -> dict[tuple[str, int], bytes]:
+        """Bytes of (array, chunk)s, asked for together where the store gains by it; those that came."""
+        wanted = {}
+        for path, chunk in chunks:
+            table = self.tables[f"{self.split}/{path}"]
+            shard, inner = divmod(chunk, table.chunk_nbytes.shape[1])
+            if np.isnan(table.constant[shard]):
+                start = int(table.chunk_offset[shard, inner])
+                key = shard_key(table.path, shard, 1 + len(self.layout[path]["row"]))
+                wanted[path, chunk] = key, start, start + int(table.chunk_nbytes[shard, inner])
+        found = self.store.read_parts(list(wanted.values()))
+        return {which: data for which, data in zip(wanted, found, strict=True) if data is not None}
+
+    def fetch(
+        self, request: Request, out: np.ndarray | None = None, data: Bytes | None = None
+    ) -> list[np.ndarray]:
+        """The whole chunks of a request; not to be written to.
+
+        Of a single chunk: decoded into `out` if given, from the bytes `data` if given.
 
         Raises:
             CorruptObject: the object is missing, or truncated or damaged both times; names its key.
@@ -87,7 +104,8 @@ class ChunkReader:
         checksum_C = table.chunk_crc32c[shard, here].tolist()
         key = shard_key(table.path, shard, len(shape))
         where = f"{self.store.url}/{key}"
-        data = self._read(key, start_C[0], stop_C[-1])
+        if data is None:
+            data = self._read(key, start_C[0], stop_C[-1])
         options = (shape, array["dtype"], where)
         chunks = []
         for start, stop, checksum in zip(start_C, stop_C, checksum_C, strict=True):

@@ -12,7 +12,7 @@ import os
 import threading
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,7 +60,7 @@ class Store(ABC):
     """
 
     concurrent_reads = 32
-    """How many reads at once are worth their threads: many hide a network's latency."""
+    """How many threads that read are worth having: many hide a network's latency."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -90,6 +90,13 @@ class Store(ABC):
     def read_part(self, key: str, start: int, stop: int) -> "bytes | np.ndarray":
         """As `read`, as bytes or uint8 [n]; the thread's next call may overwrite them."""
         return self.read(key, start, stop)
+
+    def read_parts(self, parts: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
+        """`read` of each (key, start, stop), where several at once cost less than one by one.
+
+        None for a part that did not come, or where nothing is gained: `read` it to learn why.
+        """
+        return [None] * len(parts)
 
     def read_again(self, key: str, start: int, stop: int) -> bytes:
         """As `read`, for bytes that were found damaged: no copy of them is used."""

@@ -8,7 +8,7 @@ Shapes: L lanes of this rank, P positions of a lane, N rows.
 
 import heapq
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -185,12 +185,15 @@ class Windows:
     def _load(self, coming: _Coming) -> None:
         """Fill a slot with a window's rows in the order in which they are served."""
         window, permutation = coming.window, coming.order.window_permutation(coming.window)
+        chunk_rows = self._chunks.layout[next(iter(self._pool))]["chunk_rows"]
+        whole = [s.chunk for s in window.spans if s.stop - s.start == chunk_rows]
+        data = self._chunks.bytes_of([(name, chunk) for name in self._pool for chunk in whole])
         for name, pool in self._pool.items():
-            rows = self._stored_rows(name, window)
+            rows = self._stored_rows(name, window, data)
             # decoded rows are still in the core's cache; "clip" goes without the copy that "raise" makes
             rows.take(permutation, axis=0, out=pool[coming.slot, : window.n_rows], mode="clip")
 
-    def _stored_rows(self, name: str, window: Window) -> np.ndarray:
+    def _stored_rows(self, name: str, window: Window, data: Mapping[tuple[str, int], bytes]) -> np.ndarray:
         """A window's rows as they are stored, in memory that the thread uses again."""
         pool, whole = self._pool[name], self._chunks.layout[name]["chunk_rows"]
         if name not in self._scratch.__dict__:
@@ -200,7 +203,7 @@ class Windows:
         for span in window.spans:
             out = rows[at : at + span.stop - span.start]
             if len(out) == whole:
-                self._chunks.read_into(name, span.chunk, out)
+                self._chunks.read_into(name, span.chunk, out, data.get((name, span.chunk)))
             else:
                 out[:] = self._read(name, span.chunk)[span.start : span.stop]
             at += len(out)

@@ -52,6 +52,24 @@ def test_a_range_is_fetched_once_and_parts_of_it_never(counted):
     assert len(store.reads) == 3
 
 
+def test_parts_that_are_kept_are_not_asked_for(counted):
+    """A store that gives several parts at once is asked for those that are missing; what did not come is None."""
+    cached, store = counted
+    asked = []
+
+    def read_parts(parts):
+        asked.append(list(parts))
+        return [None if key.endswith("/2") else store.read(key, start, stop) for key, start, stop in parts]
+
+    store.read_parts = read_parts
+    parts = [("train/x/c/0", 10, 60), ("train/x/c/1", 0, 5), ("train/x/c/2", 0, 5)]
+    cached.read(*parts[0])
+    wanted = [bytes(range(10, 60)), bytes(range(5)), None]
+    assert cached.read_parts(parts) == wanted
+    assert cached.read_parts(parts) == wanted
+    assert asked == [parts[1:], parts[2:]]
+
+
 def test_reading_again_goes_to_the_store_and_drops_what_was_kept(counted):
     cached, store = counted
     cached.read("train/x/c/0", 10, 60)
