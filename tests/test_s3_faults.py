@@ -43,6 +43,19 @@ def test_a_read_is_whole_whatever_it_meets(s3, fault):
 
 
 @pytest.mark.parametrize("fault", KINDS)
+def test_parts_asked_for_together_are_whole_or_none(s3, fault):
+    with behind(s3, fault, "GET", times=3) as (store, clean, proxy):
+        clean.create("k", DATA)
+        parts = [("k", start, start + 20_000) for start in range(0, 200_000, 20_000)]
+        found = store.read_parts(parts)
+        assert proxy.injected.total() == 3
+        failed = sum(data is None for data in found)
+        assert failed == 3 or (failed < 3 and fault in ("reset", "drop"))  # aiohttp asks those again itself
+        for data, part in zip(found, parts, strict=True):
+            assert (store.read(*part) if data is None else data) == DATA[part[1] : part[2]]
+
+
+@pytest.mark.parametrize("fault", KINDS)
 def test_a_create_is_done_once_and_says_true_only_if_it_surely_was_this_call(s3, fault):
     with behind(s3, fault, "PUT", times=1) as (store, clean, proxy):
         created = store.create("k", DATA)
