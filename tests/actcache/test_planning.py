@@ -45,8 +45,9 @@ def counted(monkeypatch):
 
         return around
 
-    for verb in ("create", "swap", "read"):
-        monkeypatch.setattr(LocalStore, verb, counting(verb, getattr(LocalStore, verb)))
+    for name in ("create", "swap", "read", "read_part"):
+        verb = name.removesuffix("_part")
+        monkeypatch.setattr(LocalStore, name, counting(verb, getattr(LocalStore, name)))
     return calls
 
 

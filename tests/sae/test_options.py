@@ -234,7 +234,7 @@ def test_fine_tuning_starts_from_a_finished_sae_with_its_own_settings(
     error = capsys.readouterr().err
     assert "the SAE to start from is batchtopk with d_in" in error
     assert main([*_train(dataset, tmp_path / "o", "--start", tmp_path / "absent")]) == 1
-    assert "has neither sae.json nor a SAELens cfg.json" in capsys.readouterr().err
+    assert "does not exist; give a directory" in capsys.readouterr().err
 
 
 def test_a_run_at_a_url_is_trained_by_command_line(
