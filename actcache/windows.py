@@ -70,7 +70,7 @@ class Windows:
         self._order, self._slot_rows = order, order.window_rows
         layout = {name: chunks.layout[name] for name in names}
         n_lanes = len(lanes)
-        n_slots = _n_slots(self.slot_bytes(layout, order), n_lanes, order, prefetch_bytes)
+        n_slots = _n_slots(_slot_bytes(layout, order), n_lanes, order, prefetch_bytes)
         self._pool = {
             name: _aligned((n_slots, self._slot_rows, *array["row"]), array["dtype"])
             for name, array in layout.items()
@@ -88,12 +88,6 @@ class Windows:
         self._loaders = ThreadPoolExecutor(threads, thread_name_prefix="actcache-load")
         for i in range(n_lanes):
             self._look_ahead(i)
-
-    @staticmethod
-    def slot_bytes(layout: dict[str, dict[str, Any]], order: Order) -> int:
-        """What one window takes in memory."""
-        row = sum(int(np.prod(a["row"], dtype=np.int64)) * a["dtype"].itemsize for a in layout.values())
-        return order.window_rows * row
 
     def close(self) -> None:
         """End the threads; what they were doing is dropped."""
@@ -221,6 +215,12 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
 def _count(row: int, lane: int, lanes: int) -> int:
     """Global rows below `row` that are of a lane."""
     return (row - lane + lanes - 1) // lanes
+
+
+def _slot_bytes(layout: Mapping[str, Mapping[str, Any]], order: Order) -> int:
+    """What one window takes in memory."""
+    row = sum(int(np.prod(a["row"], dtype=np.int64)) * a["dtype"].itemsize for a in layout.values())
+    return order.window_rows * row
 
 
 def _n_slots(slot_bytes: int, n_lanes: int, order: Order, prefetch_bytes: int | None) -> int:
