@@ -5,9 +5,10 @@ neighbours in one object are fetched together. A damaged chunk is fetched once m
 error. Safe to use from many threads.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +33,15 @@ class Request:
     @property
     def n_chunks(self) -> int:
         return self.last - self.first
+
+
+class _Place(NamedTuple):
+    """The bytes of a chunk: [start, stop) of an object, with their checksum."""
+
+    key: str
+    start: int
+    stop: int
+    crc32c: int
 
 
 class ChunkReader:
@@ -65,61 +75,65 @@ class ChunkReader:
 
     def read_into(self, path: str, chunk: int, out: np.ndarray, data: Bytes | None = None) -> None:
         """One whole chunk, into a contiguous array of its shape; from `data`, if its bytes are there already."""
-        found = self.fetch(Request(path, chunk, chunk + 1), out, data)[0]
-        if found is not out:  # a constant
-            out[...] = found
+        place = self._place(path, chunk)
+        if place is None:
+            out[...] = self._constant(path, chunk)
+            return
+        if data is None:
+            data = self._read(place.key, place.start, place.stop)
+        self._decode(path, place, data, out)
 
     def bytes_of(self, chunks: Sequence[tuple[str, int]]) -> dict[tuple[str, int], bytes]:
         """Bytes of (array, chunk)s, asked for together where the store gains by it; those that came."""
         wanted = {}
         for path, chunk in chunks:
-            table = self.tables[f"{self.split}/{path}"]
-            shard, inner = divmod(chunk, table.chunk_nbytes.shape[1])
-            if np.isnan(table.constant[shard]):
-                start = int(table.chunk_offset[shard, inner])
-                key = shard_key(table.path, shard, 1 + len(self.layout[path]["row"]))
-                wanted[path, chunk] = key, start, start + int(table.chunk_nbytes[shard, inner])
+            place = self._place(path, chunk)
+            if place is not None:
+                wanted[path, chunk] = place.key, place.start, place.stop
         found = self.store.read_parts(list(wanted.values()))
         return {which: data for which, data in zip(wanted, found, strict=True) if data is not None}
 
-    def fetch(
-        self, request: Request, out: np.ndarray | None = None, data: Bytes | None = None
-    ) -> list[np.ndarray]:
+    def fetch(self, request: Request) -> list[np.ndarray]:
         """The whole chunks of a request; not to be written to.
-
-        Of a single chunk: decoded into `out` if given, from the bytes `data` if given.
 
         Raises:
             CorruptObject: the object is missing, or truncated or damaged both times; names its key.
         """
-        array, table = self.layout[request.path], self.tables[f"{self.split}/{request.path}"]
-        shard, inner = divmod(request.first, table.chunk_nbytes.shape[1])
+        path, array = request.path, self.layout[request.path]
+        places = [p for c in range(request.first, request.last) if (p := self._place(path, c))]
+        if not places:  # their shard is one value
+            value = self._constant(path, request.first)
+            return [np.broadcast_to(value, (array["chunk_rows"], *array["row"]))] * request.n_chunks
+        data, at = self._read(places[0].key, places[0].start, places[-1].stop), places[0].start
+        return [self._decode(path, place, data[place.start - at : place.stop - at]) for place in places]
+
+    def _place(self, path: str, chunk: int) -> "_Place | None":
+        """Where a chunk lies; None where its shard is one value."""
+        table = self.tables[f"{self.split}/{path}"]
+        shard, inner = divmod(chunk, table.chunk_nbytes.shape[1])
+        if not math.isnan(table.constant.item(shard)):
+            return None
+        start, n_bytes = table.chunk_offset.item(shard, inner), table.chunk_nbytes.item(shard, inner)
+        key = shard_key(table.path, shard, 1 + len(self.layout[path]["row"]))
+        return _Place(key, start, start + n_bytes, table.chunk_crc32c.item(shard, inner))
+
+    def _constant(self, path: str, chunk: int) -> Any:
+        table = self.tables[f"{self.split}/{path}"]
+        return self.layout[path]["dtype"].type(table.constant[chunk // table.chunk_nbytes.shape[1]])
+
+    def _decode(self, path: str, place: "_Place", data: Bytes, out: np.ndarray | None = None) -> np.ndarray:
+        """The chunk at `place`, from its bytes; those of a damaged one are read once more."""
+        array, where = self.layout[path], f"{self.store.url}/{place.key}"
         shape = (array["chunk_rows"], *array["row"])
-        if not np.isnan(table.constant[shard]):
-            value = array["dtype"].type(table.constant[shard])
-            return [np.broadcast_to(value, shape)] * request.n_chunks
-        here = slice(inner, inner + request.n_chunks)
-        start_C = table.chunk_offset[shard, here].tolist()
-        stop_C = (table.chunk_offset[shard, here] + table.chunk_nbytes[shard, here]).tolist()
-        checksum_C = table.chunk_crc32c[shard, here].tolist()
-        key = shard_key(table.path, shard, len(shape))
-        where = f"{self.store.url}/{key}"
-        if data is None:
-            data = self._read(key, start_C[0], stop_C[-1])
-        options = (shape, array["dtype"], where)
-        chunks = []
-        for start, stop, checksum in zip(start_C, stop_C, checksum_C, strict=True):
-            payload = data[start - start_C[0] : stop - start_C[0]]
-            try:
-                chunks.append(decode_chunk(payload, *options, checksum, array["by_column"], out))
-            except CorruptObject:  # once more, in case it was the transfer
-                again = self._read(key, start, stop, again=True)
-                if len(again) != stop - start:
-                    raise CorruptObject(
-                        f"{where} holds {start + len(again)} bytes, wanted {stop} or more; it is truncated"
-                    ) from None
-                chunks.append(decode_chunk(again, *options, checksum, array["by_column"], out))
-        return chunks
+        try:
+            return decode_chunk(data, shape, array["dtype"], where, place.crc32c, array["by_column"], out)
+        except CorruptObject:  # once more, in case it was the transfer
+            data = self._read(place.key, place.start, place.stop, again=True)
+        if len(data) != place.stop - place.start:
+            raise CorruptObject(
+                f"{where} holds {place.start + len(data)} bytes, wanted {place.stop} or more; it is truncated"
+            )
+        return decode_chunk(data, shape, array["dtype"], where, place.crc32c, array["by_column"], out)
 
     def _read(self, key: str, start: int, stop: int, again: bool = False) -> Bytes:
         try:

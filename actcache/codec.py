@@ -7,6 +7,7 @@ Shapes: N rows, D = d_in.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -437,13 +438,19 @@ def _decode_plain(codes_ND: np.ndarray, scale_N: np.ndarray, offset_D: np.ndarra
     assert out.flags.c_contiguous
     n_rows = max(1, _PIECE_VALUES // max(1, codes_ND.shape[1]))
     same = len(scale_N) > 0 and bool((scale_N == scale_N[0]).all())
-    offset = np.tile(offset_D, min(n_rows, len(codes_ND)))
+    offset = _repeated(offset_D.astype(np.float32, copy=False).tobytes(), n_rows)
     for i in range(0, len(codes_ND), n_rows):
         part_ND = out[i : i + n_rows]
         np.copyto(part_ND, codes_ND[i : i + n_rows])
         part_ND *= scale_N[0] if same else scale_N[i : i + n_rows, None]
         flat = part_ND.reshape(-1)
         flat += offset[: len(flat)]
+
+
+@lru_cache(maxsize=16)
+def _repeated(offset: bytes, times: int) -> np.ndarray:
+    """float32 offsets, repeated; kept, since making them takes a quarter of the time of decoding a batch."""
+    return np.tile(np.frombuffer(offset, np.float32), times)
 
 
 def _decode_rotated(

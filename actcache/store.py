@@ -244,12 +244,13 @@ class LocalStore(Store):
 
     def read_part(self, key: str, start: int, stop: int) -> "bytes | np.ndarray":
         """Into memory that is used again: fresh memory costs three times the copying."""
+        _check_key(key)
         with _store_errors(self.url, key):
-            descriptor = os.open(self._path(key), os.O_RDONLY)
+            descriptor = os.open(f"{self.url}/{key}", os.O_RDONLY)
             try:
-                n = max(0, min(stop, os.fstat(descriptor).st_size) - start)  # as in `read`
-                buffer = getattr(self._part, "buffer", None)
+                n, buffer = stop - start, getattr(self._part, "buffer", None)
                 if buffer is None or len(buffer) < n:
+                    n = max(0, min(n, os.fstat(descriptor).st_size - start))  # as in `read`
                     buffer = self._part.buffer = np.empty(n, np.uint8)
                 n = os.preadv(descriptor, [buffer[:n]], start)  # type: ignore[list-item]  # an array is a buffer too
             finally:

@@ -100,9 +100,7 @@ class Windows:
         """
         n_lanes = self._order.lanes
         position, last = begin // n_lanes, -(-end // n_lanes)
-        n_rows = sum(
-            _count(end, lane, n_lanes) - _count(begin, lane, n_lanes) for lane in self._lane_L.tolist()
-        )
+        n_rows = int((_count(end, self._lane_L, n_lanes) - _count(begin, self._lane_L, n_lanes)).sum())
         out = {name: np.empty((n_rows, *pool.shape[2:]), pool.dtype) for name, pool in self._pool.items()}
         filled = 0
         while position < last:
@@ -140,7 +138,10 @@ class Windows:
                 coming = self._coming[i]
                 assert coming is not None
                 assert coming.loaded is not None
-                coming.loaded.result()
+                if coming.loaded.cancel():  # nobody has begun it
+                    self._load(coming)
+                else:
+                    coming.loaded.result()
                 self._slot_L[i], self._epoch_L[i] = coming.slot, coming.epoch
                 self._start_L[i] = coming.window.start
                 self._stop_L[i] = coming.window.start + coming.window.n_rows
@@ -212,9 +213,9 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _count(row: int, lane: int, lanes: int) -> int:
-    """Global rows below `row` that are of a lane."""
-    return (row - lane + lanes - 1) // lanes
+def _count(row: int, lane_L: np.ndarray, lanes: int) -> np.ndarray:
+    """Global rows below `row` that are of each lane."""
+    return (row - lane_L + lanes - 1) // lanes
 
 
 def _slot_bytes(layout: Mapping[str, Mapping[str, Any]], order: Order) -> int:
