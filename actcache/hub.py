@@ -6,8 +6,10 @@ progress. Any fsspec URL will do: `hf://datasets/USER/NAME`, `s3://...`, a direc
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import fsspec
@@ -17,8 +19,11 @@ from .layout import calibration_keys, derived_arrays, derived_key, zarr_metadata
 from .reader import Dataset, open_dataset
 from .retry import client_errors
 from .shard import shard_key
+from .store import Store
 
 _THREADS = 8
+_COMMIT_BYTES = 256 * 10**6
+_COMMIT_OBJECTS = 1000
 _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
 _LARGE = ("10B<n<100B", "100B<n<1T", "n>1T")
 
@@ -29,8 +34,8 @@ def push(
     """Copy the pinned version of a dataset, all its splits, to `url`, and open it there.
 
     Objects that are there in full size are passed over, so a push that was cut off goes on. With `card`,
-    a `README.md` that Hugging Face shows is written from the manifest. On `hf://` each object is a
-    commit: for more than some hundreds, `pull` to a directory and use `hf upload-large-folder`.
+    a `README.md` that Hugging Face shows is written from the manifest. The repository of a `hf://` URL
+    must be there; it gets a commit for every 256 MB.
 
     Raises:
         Conflict: another dataset is there.
@@ -38,41 +43,99 @@ def push(
         StoreError: the target refused.
     """
     shared, manifest = dataset._shared, dataset.manifest
-    fs, root = fsspec.core.url_to_fs(url.rstrip("/"), **(storage_options or {}))
-
-    def write(key: str, data: bytes) -> None:
-        path = f"{root}/{key}"
-        try:
-            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            fs.pipe_file(path, data)
-        except client_errors() as err:
-            raise StoreError(f"{url}/{key}: {err}. Check the URL and permissions; then push again") from err
-
-    def copy(item: tuple[str, int | None]) -> None:
-        key, size_bytes = item
-        path = f"{root}/{key}"
-        if size_bytes is not None and fs.exists(path) and fs.size(path) == size_bytes:
-            return
-        try:
-            data = shared.store.read(key)
-        except FileNotFoundError:
-            raise CorruptObject(f"{shared.store.url}/{key} is missing although it was committed") from None
-        if size_bytes is not None and len(data) != size_bytes:
-            raise CorruptObject(f"{shared.store.url}/{key} has {len(data)} bytes, wanted {size_bytes}")
-        write(key, data)
-
-    identity = shared.store.read("_identity.json")
-    if fs.exists(f"{root}/_identity.json") and fs.cat_file(f"{root}/_identity.json") != identity:
+    target = _Target(url, storage_options)
+    identity, there = shared.store.read("_identity.json"), target.sizes()
+    if "_identity.json" in there and target.read("_identity.json") != identity:
         raise Conflict(f"{url} holds another dataset; choose an empty place")
-    write("_identity.json", identity)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(copy, _objects(dataset)))
-    for key, data in zarr_metadata(manifest).items():
-        write(key, data)
-    if card:
-        write("README.md", dataset_card(dataset).encode())
-    write(manifest.key, manifest.to_json())
+
+    def objects() -> Iterator[Callable[[], tuple[str, bytes]]]:
+        yield lambda: ("_identity.json", identity)
+        for key, size_bytes in _objects(dataset):
+            if size_bytes is None or there.get(key) != size_bytes:
+                yield partial(_read, shared.store, key, size_bytes)
+
+    target.write(objects())
+    last = zarr_metadata(manifest) | ({"README.md": dataset_card(dataset).encode()} if card else {})
+    target.write(partial(tuple, item) for item in last.items())
+    target.write([lambda: (manifest.key, manifest.to_json())])
     return open_dataset(url, version=manifest.version, storage_options=storage_options)
+
+
+def _read(store: Store, key: str, size_bytes: int | None) -> tuple[str, bytes]:
+    try:
+        data = store.read(key)
+    except FileNotFoundError:
+        raise CorruptObject(f"{store.url}/{key} is missing although it was committed") from None
+    if size_bytes is not None and len(data) != size_bytes:
+        raise CorruptObject(f"{store.url}/{key} has {len(data)} bytes, wanted {size_bytes}")
+    return key, data
+
+
+class _Target:
+    """A place that a dataset is copied to, by fsspec; the client's errors come out as StoreError."""
+
+    def __init__(self, url: str, storage_options: Mapping[str, Any] | None) -> None:
+        self.url = url.rstrip("/")
+        self._fs, self._root = fsspec.core.url_to_fs(self.url, **(storage_options or {}))
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every object that is there, by key."""
+        self._fs.invalidate_cache()
+        with self._errors(""):
+            found = self._fs.find(self._root, detail=True)
+        # the root may be spelled in another way: made absolute, or with a revision
+        start = len(self._fs._strip_protocol(self._root)) + 1
+        return {path[start:]: entry["size"] for path, entry in found.items()}
+
+    def read(self, key: str) -> bytes:
+        with self._errors(key):
+            return self._fs.cat_file(f"{self._root}/{key}")
+
+    def write(self, objects: Iterable[Callable[[], tuple[str, bytes]]]) -> None:
+        """Store objects, each given by what reads its key and bytes; all are there when this returns."""
+        if "hf" not in self._fs.protocol:
+            with ThreadPoolExecutor(_THREADS) as pool:
+                list(pool.map(lambda read: self._write(*read()), objects))
+            return
+        group: list[tuple[str, bytes]] = []
+        for read in objects:
+            group.append(read())
+            if sum(len(data) for _, data in group) >= _COMMIT_BYTES or len(group) == _COMMIT_OBJECTS:
+                self._commit(group)
+                group = []
+        if group:
+            self._commit(group)
+
+    def _write(self, key: str, data: bytes) -> None:
+        path = f"{self._root}/{key}"
+        with self._errors(key):
+            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self._fs.pipe_file(path, data)
+
+    def _commit(self, group: Sequence[tuple[str, bytes]]) -> None:
+        """One commit of a Hugging Face repository: the Hub takes few of them an hour, one at a time."""
+        from huggingface_hub import CommitOperationAdd, HfApi
+
+        with self._errors(group[0][0]):
+            there = self._fs.resolve_path(self._root)
+            folder = f"{there.path_in_repo}/" if there.path_in_repo else ""
+            HfApi(endpoint=self._fs.endpoint, token=self._fs.token).create_commit(
+                there.repo_id,
+                [CommitOperationAdd(f"{folder}{key}", data) for key, data in group],
+                commit_message=f"actcache push: {len(group)} objects",
+                repo_type=there.repo_type,
+                revision=there.revision,
+            )
+            self._fs.invalidate_cache()
+
+    @contextmanager
+    def _errors(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except client_errors() as err:
+            raise StoreError(
+                f"{self.url}/{key}: {err}. Check the URL and permissions; then push again"
+            ) from err
 
 
 def pull(url: str, directory: str, *, storage_options: Mapping[str, Any] | None = None) -> Dataset:

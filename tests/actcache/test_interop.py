@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import hub_server
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import actcache
 from actcache import hub, interop
-from actcache.errors import Conflict, CorruptObject, ForkedProcess, SpecError
+from actcache.errors import Conflict, CorruptObject, ForkedProcess, SpecError, StoreError
 from actcache.torch_data import ActivationProvider, TorchStream
 
 SITE = SITES[0]
@@ -201,6 +202,31 @@ def test_a_push_that_was_cut_off_goes_on_and_shows_nothing_before_its_end(tiny, 
     (tmp_path / "else" / "_identity.json").write_text("{}")
     with pytest.raises(Conflict, match="another dataset"):
         hub.push(tiny[0], str(tmp_path / "else"))
+
+
+def test_a_dataset_goes_to_the_hub_in_a_few_commits_and_comes_back(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "_COMMIT_BYTES", 200_000)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the server is on loopback
+    with hub_server.hub() as server:
+        server.repos["lab/acts"] = {}
+        options = {"endpoint": server.endpoint, "token": "hf_of_nobody", "skip_instance_cache": True}
+        url = "hf://datasets/lab/acts/run"
+        there = hub.push(tiny[0], url, storage_options=options)
+        assert there.url == url
+        assert np.array_equal(there.read(SITE, [5, 0, 900]), tiny[0].read(SITE, [5, 0, 900]))
+        objects = sum(len(paths) for paths in server.commits)
+        assert objects > 10 * len(server.commits) > 20
+        assert server.commits[-1] == ["run/" + tiny[0].manifest.key]
+        assert any("run/README.md" in paths for paths in server.commits)
+        before = len(server.commits)
+        hub.push(tiny[0], url, storage_options=options)
+        assert (
+            sum(len(paths) for paths in server.commits[before:]) < objects / 2
+        )  # what is there is passed over
+        back = hub.pull(url, str(tmp_path / "back"), storage_options=options)
+        assert np.array_equal(back.read(SITE, slice(None)), tiny[0].read(SITE, slice(None)))
+        with pytest.raises(StoreError, match="hf://datasets/lab/none.*then push again"):
+            hub.push(tiny[0], "hf://datasets/lab/none", storage_options=options)
 
 
 def test_the_card_has_a_header_and_the_figures_of_the_manifest(tiny):
