@@ -24,6 +24,8 @@ from .store import Store
 _THREADS = 8
 _COMMIT_BYTES = 256 * 10**6
 _COMMIT_OBJECTS = 1000
+_Object = tuple[str, Callable[[], bytes]]
+"""A key, and what reads the bytes."""
 _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
 _LARGE = ("10B<n<100B", "100B<n<1T", "n>1T")
 
@@ -48,27 +50,27 @@ def push(
     if "_identity.json" in there and target.read("_identity.json") != identity:
         raise Conflict(f"{url} holds another dataset; choose an empty place")
 
-    def objects() -> Iterator[Callable[[], tuple[str, bytes]]]:
-        yield lambda: ("_identity.json", identity)
+    def objects() -> Iterator[_Object]:
+        yield "_identity.json", partial(bytes, identity)
         for key, size_bytes in _objects(dataset):
             if size_bytes is None or there.get(key) != size_bytes:
-                yield partial(_read, shared.store, key, size_bytes)
+                yield key, partial(_read, shared.store, key, size_bytes)
 
     target.write(objects())
     last = zarr_metadata(manifest) | ({"README.md": dataset_card(dataset).encode()} if card else {})
-    target.write(partial(tuple, item) for item in last.items())
-    target.write([lambda: (manifest.key, manifest.to_json())])
+    target.write((key, partial(bytes, data)) for key, data in last.items())
+    target.write([(manifest.key, manifest.to_json)])
     return open_dataset(url, version=manifest.version, storage_options=storage_options)
 
 
-def _read(store: Store, key: str, size_bytes: int | None) -> tuple[str, bytes]:
+def _read(store: Store, key: str, size_bytes: int | None) -> bytes:
     try:
         data = store.read(key)
     except FileNotFoundError:
         raise CorruptObject(f"{store.url}/{key} is missing although it was committed") from None
     if size_bytes is not None and len(data) != size_bytes:
         raise CorruptObject(f"{store.url}/{key} has {len(data)} bytes, wanted {size_bytes}")
-    return key, data
+    return data
 
 
 class _Target:
@@ -91,15 +93,15 @@ class _Target:
         with self._errors(key):
             return self._fs.cat_file(f"{self._root}/{key}")
 
-    def write(self, objects: Iterable[Callable[[], tuple[str, bytes]]]) -> None:
-        """Store objects, each given by what reads its key and bytes; all are there when this returns."""
+    def write(self, objects: Iterable[_Object]) -> None:
+        """Store objects; all are there when this returns."""
         if "hf" not in self._fs.protocol:
             with ThreadPoolExecutor(_THREADS) as pool:
-                list(pool.map(lambda read: self._write(*read()), objects))
+                list(pool.map(lambda item: self._write(item[0], item[1]()), objects))
             return
         group: list[tuple[str, bytes]] = []
-        for read in objects:
-            group.append(read())
+        for key, read in objects:
+            group.append((key, read()))
             if sum(len(data) for _, data in group) >= _COMMIT_BYTES or len(group) == _COMMIT_OBJECTS:
                 self._commit(group)
                 group = []
