@@ -148,6 +148,7 @@ def compare(options: argparse.Namespace) -> None:
 
     from actcache import interop
 
+    options.work.mkdir(parents=True, exist_ok=True)
     dataset = open_or_harvest(options.dataset, options.work / "datasets", options.rows)
     site = dataset.sites[-1]
     n_rows = min(options.rows, dataset.n_rows) // BATCH * BATCH
