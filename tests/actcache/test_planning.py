@@ -109,6 +109,7 @@ def test_a_plan_of_an_empty_root_counts_the_objects_of_the_token_store_too(tmp_p
     assert store.n_sequences("train") < 4096
 
 
+@pytest.mark.slow
 def test_bytes_are_within_a_fifth_of_what_is_stored_by_the_bundled_model(tmp_path):
     spec = replace(
         BUNDLED,
@@ -215,6 +216,7 @@ def test_of_a_mixture_of_experts_those_that_run_are_counted():
 # The sample
 
 
+@pytest.mark.slow
 def test_the_bundled_corpus_is_estimated_within_a_tenth(tmp_path):
     made, store = actcache.plan(BUNDLED), built(BUNDLED, tmp_path)
     assert not made.tokens.exact

@@ -106,7 +106,11 @@ def test_metrics_are_exported_under_their_names(undisturbed, tmp_path, ray_sessi
     ("options", "message"),
     [
         (["--gpus-per-worker", "1"], "a worker needs 1 GPU, and this machine has 0"),
-        (["--worker-resource", "pool=2"], "a worker needs 2 pool, and this machine has 0"),
+        pytest.param(
+            ["--worker-resource", "pool=2"],
+            "a worker needs 2 pool, and this machine has 0",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_this_machine_can_never_place_is_refused_at_once(tmp_path, options, message):
