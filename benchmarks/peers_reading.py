@@ -205,12 +205,16 @@ class Child:
         self._workers = [0] if peer == "saelens" else options.workers
         python = make_environment(options.work / f"venv-{peer}", PEERS[peer])
         flags = {"work": options.work, "pass-rows": options.pass_rows, "run": options.run}
-        command = [str(python), __file__, "--child", peer, form, str(rows)]
-        command += [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+        self._command = [str(python), __file__, "--child", peer, form, str(rows)]
+        self._command += [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
         self._log = options.work / f"{peer}-{form}.log"
+        self._last: int | None = None
+        self._start()
+
+    def _start(self) -> None:
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
             )
         self.about = self._reply()  # the copy is written
 
@@ -230,6 +234,10 @@ class Child:
         self._process.wait()
 
     def _pass(self, workers: int) -> dict[str, Any]:
+        if self.peer == "mosaicml" and self._last not in (None, workers):
+            self.close()  # a worker forked after a pass without workers waits for ever for that one's threads
+            self._start()
+        self._last = workers
         assert self._process.stdin is not None
         print(workers, file=self._process.stdin, flush=True)
         return self._reply()
