@@ -212,13 +212,13 @@ class RayEngine:
         self._running[reference] = (worker, worker.actor, unit, time.monotonic())
 
     def straggler(self, wanted: Container[Unit]) -> Unit | None:
-        if len(self._durations) < 3:
+        # once for all: of a thousand workers each would look through the others (docs/scale.md)
+        if len(self._durations) < 3 or not any(w.ready and not w.running for w in self._workers):
             return None
         now, limit = time.monotonic(), _SLOW * statistics.median(self._durations)
         units = [unit for _, _, unit, _ in self._running.values()]
         for worker, _, unit, since in self._running.values():
-            idle = any(w.ready and not w.running and w is not worker for w in self._workers)
-            if idle and now - since > limit and unit in wanted and units.count(unit) == 1:
+            if now - since > limit and unit in wanted and units.count(unit) == 1:
                 log.info("block %d of %s is slow on worker %d; trying it on an idle one too",
                          unit[1], unit[0], worker.number)  # fmt: skip
                 return unit
