@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "actcache"))
 
@@ -40,7 +40,7 @@ from actcache import dispatch, driver, ray_engine
 from actcache.committed import Committed
 from actcache.errors import StoreError
 from actcache.layout import array_layout
-from actcache.manifest import SPLITS, Manifest, read_segment_table, record_key
+from actcache.manifest import SPLITS, BlockRecord, Manifest, read_segment_table, record_key
 from actcache.retry import Retry
 from actcache.store import Conflict, Listed, Store
 
@@ -400,6 +400,8 @@ class Cloud:
         )
         self.n_rows = synthetic.identity["block_rows"]
         self.computed: Counter[Any] = Counter()
+        self.when_s: list[float] = []
+        """When each record was written."""
         self.fates: Counter[str] = Counter()
 
     def _phases(self, layout: Sequence[str]) -> list[list[tuple[str, float]]]:
@@ -482,6 +484,7 @@ class Cloud:
         """The record of a block is there."""
         actor, (split, block, sites, fate) = upload.actor, upload.unit
         self.computed[block] += 1
+        self.when_s.append(self.clock.now)
         self.records.there.add((split, block, tuple(sites)))
         if fate == "answer lost":
             actor.die()
@@ -498,8 +501,8 @@ class Cloud:
 class Versions(Committed):
     """The real one, which notes what each commit costs."""
 
-    def __init__(self, *args: Any, clock: Clock) -> None:
-        self._clock = clock
+    def __init__(self, *args: Any, clock: Clock, file: TextIO | None) -> None:
+        self._clock, self._file = clock, file
         self.series: list[dict[str, float]] = []
         super().__init__(*args)
 
@@ -519,6 +522,9 @@ class Versions(Committed):
                 "commit_waited_s": round(self._clock.now - now, 3),
             }
         )
+        if self._file is not None:
+            self._file.write(json.dumps(self.series[-1]) + "\n")
+            self._file.flush()
         return manifest
 
 
@@ -554,7 +560,9 @@ def virtual_time(clock: Clock) -> Iterator[None]:
             module.time = real
 
 
-def simulate(setting: Setting) -> tuple[dict[str, Any], ModelledStore, Versions]:
+def simulate(
+    setting: Setting, series: TextIO | None = None
+) -> tuple[dict[str, Any], ModelledStore, Versions]:
     """Run one harvest; figures, and what is left to look into."""
     names = [f"blocks.{i}.hook_resid_post" for i in range(setting.sites)]
     # 4 channels and a chunk a shard: what a record says of them is arithmetic in docs/scale.md
@@ -566,7 +574,9 @@ def simulate(setting: Setting) -> tuple[dict[str, Any], ModelledStore, Versions]
     wanted = dict.fromkeys(SPLITS, 0) | {"train": setting.blocks}
     begun_cpu = time.process_time()
     with virtual_time(clock):
-        state = Versions(store, synthetic.identity, "synthetic", dict.fromkeys(names, 4), wanted, clock=clock)
+        state = Versions(
+            store, synthetic.identity, "synthetic", dict.fromkeys(names, 4), wanted, clock=clock, file=series
+        )
         n_rows = setting.blocks * synthetic.identity["block_rows"]
         tokens: Any = SimpleNamespace(n_rows=lambda split: n_rows if split == "train" else 0)
         missing = state.missing()
@@ -584,6 +594,7 @@ def simulate(setting: Setting) -> tuple[dict[str, Any], ModelledStore, Versions]
         "simulated_s": round(seconds, 1),
         "of_ideal": round(ideal_s / seconds, 4),
         "blocks_per_s": round(setting.blocks / seconds, 2),
+        "steady_blocks_per_s": round(_steady(cloud.when_s), 2),
         "puts": limits.served,
         "puts_per_s": round(limits.served / seconds, 1),
         "refused": limits.refused,
@@ -607,6 +618,12 @@ def simulate(setting: Setting) -> tuple[dict[str, Any], ModelledStore, Versions]
     return figures, store, state
 
 
+def _steady(when_s: Sequence[float]) -> float:
+    """Blocks a second between the first and the last quarter of them: without start and end."""
+    quarter = len(when_s) // 4
+    return (len(when_s) - 2 * quarter - 1) / (when_s[-1 - quarter] - when_s[quarter])
+
+
 def blocks_committed(store: ModelledStore, manifest: Manifest) -> list[int]:
     """The blocks of train that a version's segments list, a number for each time."""
     return [
@@ -618,19 +635,55 @@ def blocks_committed(store: ModelledStore, manifest: Manifest) -> list[int]:
     ]  # fmt: skip
 
 
+def record_cost(sites: int, d_in: int, blocks: int = 4) -> dict[str, Any]:
+    """CPU time and bytes of what the driver does with a block's record at its true size."""
+    names = [f"blocks.{i}.hook_resid_post" for i in range(sites)]
+    chunk_rows = 2 ** math.floor(math.log2(2**20 / d_in))
+    synthetic = Synthetic(d_in, names, chunk_rows=chunk_rows)
+    setting, clock = Setting(), Clock()
+    store = ModelledStore(setting, clock, Records(synthetic))
+    synthetic.calibrate(store)
+    state = synthetic.committed(store, train=blocks)
+    records = [synthetic.record("train", block).to_json() for block in range(blocks)]
+    begun = time.process_time()
+    for block, data in enumerate(records):
+        state.add(BlockRecord.from_json(data, record_key("train", block, names)))
+    added = time.process_time()
+    state.commit({}, {})
+    committed = time.process_time()
+    assert state.manifest is not None
+    (segment,) = state.manifest.segments
+    sizes = {kind: len(store.read(getattr(segment, kind))) / blocks for kind in ("objects", "statistics")}
+    return {
+        "sites": sites,
+        "d_in": d_in,
+        "chunks_per_shard": synthetic.identity["block_rows"] // chunk_rows,
+        "record_bytes": len(records[0]),
+        "segment_bytes_per_block": sizes,
+        "parse_and_add_cpu_ms_per_block": round(1e3 * (added - begun) / blocks, 2),
+        "commit_cpu_ms_per_block": round(1e3 * (committed - added) / blocks, 2),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, value in asdict(Setting()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    parser.add_argument("--series", type=Path, help="a file for what each version cost")
+    parser.add_argument("--series", type=argparse.FileType("w"), help="a file for what each version cost")
+    parser.add_argument(
+        "--record-cost", action="store_true", help="of a record at its true size; no simulation"
+    )
+    parser.add_argument("--d-in", type=int, default=3584, help="for --record-cost")
     args = vars(parser.parse_args())
     series = args.pop("series")
+    if args.pop("record_cost"):
+        report("scale_record_cost", **record_cost(args["sites"], args["d_in"]))
+        return
+    args.pop("d_in")
     setting = Setting(**args)
-    figures, store, state = simulate(setting)
+    figures, store, state = simulate(setting, series)
     assert state.manifest is not None
     report("scale_simulation", **figures)
-    if series is not None:
-        series.write_text(json.dumps(state.series))
     found = sorted(blocks_committed(store, state.manifest))
     assert found == [block for block in range(setting.blocks) for _ in range(setting.sites)]
 

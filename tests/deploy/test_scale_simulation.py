@@ -28,7 +28,8 @@ def test_every_block_is_committed_once_although_workers_answers_and_requests_are
 
 def test_a_block_is_computed_again_only_where_its_answer_was_lost(small):
     figures, _, _ = small
-    assert figures["computed_twice"] == figures["fates"]["answer lost"]
+    # not each that is drawn: the worker may be lost before, by the fate of its other block
+    assert 0 < figures["computed_twice"] <= figures["fates"]["answer lost"]
 
 
 def test_the_rate_of_requests_stays_below_the_limit_of_each_prefix(small):
