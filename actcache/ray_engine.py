@@ -9,9 +9,10 @@ import os
 import statistics
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, TypeVar
 
 from .engines import Unit, WorkerState
@@ -124,6 +125,10 @@ class RayEngine:
         self._workers = [_Worker(number, None, None) for number in range(workers)]
         self._running: dict[Any, tuple[_Worker, Any, Unit, float]] = {}
         """By reference: worker, its actor, unit, time of submission."""
+        self._in_flight: Counter[Unit] = Counter()
+        """Copies of each unit in `_running`."""
+        self._spare: list[dict[int, _Worker]] = [{} for _ in range(_IN_FLIGHT)]
+        """By blocks on them: the workers that can take another. A thousand are not looked through for each block."""
         self._durations: deque[float] = deque(maxlen=101)
         self._cause = ""
         self._reminded = time.monotonic()
@@ -191,34 +196,41 @@ class RayEngine:
         worker.actor = self._ray.remote(self.actor_class).options(**self._options).remote()
         worker.starting = worker.actor.start.remote(self._job)
         worker.running, worker.earlier, worker.times = 0, worker.total(), {}
+        self._place(worker)
+
+    def _place(self, worker: _Worker) -> None:
+        """Note what the worker can take, after each change of it."""
+        for running, spare in enumerate(self._spare):
+            if worker.ready and worker.running == running:
+                spare[worker.number] = worker
+            else:
+                spare.pop(worker.number, None)
 
     def free(self) -> bool:
-        return any(w.ready and w.running < _IN_FLIGHT for w in self._workers)
+        return any(self._spare)
 
     def busy(self) -> bool:
         return bool(self._running)
 
     def running(self, unit: Unit) -> bool:
-        return any(u == unit for _, _, u, _ in self._running.values())
+        return self._in_flight[unit] > 0
 
     def submit(self, unit: Unit) -> None:
-        holders = [worker for worker, _, u, _ in self._running.values() if u == unit]
-        worker = min(
-            (w for w in self._workers if w.ready and w.running < _IN_FLIGHT),
-            key=lambda w: (w in holders, w.running),
-        )
+        holders = [w for w, _, u, _ in self._running.values() if u == unit] if self.running(unit) else []
+        spare = [w for workers in self._spare for w in islice(workers.values(), len(holders) + 1)]
+        worker = min(spare, key=lambda w: (w in holders, w.running))
         worker.running += 1
+        self._place(worker)
+        self._in_flight[unit] += 1
         reference = worker.actor.run_block.remote(*unit)
         self._running[reference] = (worker, worker.actor, unit, time.monotonic())
 
     def straggler(self, wanted: Container[Unit]) -> Unit | None:
-        if len(self._durations) < 3:
+        if len(self._durations) < 3 or not self._spare[0]:
             return None
         now, limit = time.monotonic(), _SLOW * statistics.median(self._durations)
-        units = [unit for _, _, unit, _ in self._running.values()]
         for worker, _, unit, since in self._running.values():
-            idle = any(w.ready and not w.running and w is not worker for w in self._workers)
-            if idle and now - since > limit and unit in wanted and units.count(unit) == 1:
+            if now - since > limit and unit in wanted and self._in_flight[unit] == 1:
                 log.info("block %d of %s is slow on worker %d; trying it on an idle one too",
                          unit[1], unit[0], worker.number)  # fmt: skip
                 return unit
@@ -227,8 +239,12 @@ class RayEngine:
     def completed(self) -> Iterator[tuple[Unit, bytes | BaseException]]:
         for reference in self._wait(self._running):
             worker, actor, unit, since = self._running.pop(reference)
+            self._in_flight[unit] -= 1
+            if not self._in_flight[unit]:
+                del self._in_flight[unit]
             if actor is worker.actor:
                 worker.running -= 1
+                self._place(worker)
             try:
                 record, worker.times = self._call(reference)
             except self._ray.exceptions.RayActorError as err:
@@ -260,6 +276,7 @@ class RayEngine:
         try:
             worker.node = self._call(reference)
             worker.failed_starts = 0
+            self._place(worker)
             return
         except ActcacheError:
             raise  # the request cannot be met, here or anywhere
