@@ -124,8 +124,8 @@ def _choice_options() -> list[click.Parameter]:
         click.Option(
             ["--preset"],
             metavar="NAME:KEY=VALUE,...",
-            help=f"Published settings: {', '.join(PRESETS)}; e.g. batchtopk_gpt2:d_sae=6144,k=32. Options given "
-            "beside it come first.",
+            help=f"Published settings: {', '.join(PRESETS)}; e.g. batchtopk_gpt2:d_sae=6144,k=32; gpt2_series "
+            "trains eight widths on one stream. Options given beside it come first.",
         ),
         click.Option(
             ["--start"],
@@ -298,7 +298,7 @@ def _chosen(
         configs = [sae_of_text(text) for text in given["saes"]]
     elif "preset" in given or (not used and settings.get("preset")):
         preset = preset_of_text(given.get("preset", settings.get("preset")), rows)
-        configs = [_without_own(preset.config, {**settings["training"], **given})]
+        configs = [_without_own(c, {**settings["training"], **given}) for c in preset.configs]
     elif used:
         configs = combinations(given.get("arch", ("topk",)), given.get("revive"), flags)
     elif settings.get("sae"):

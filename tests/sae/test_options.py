@@ -195,6 +195,10 @@ def test_a_preset_is_the_published_one_and_options_come_before_it(dataset: objec
     assert cfg["training"]["dead_after_rows"] == 5 * 4096
     assert main([*_train(dataset, tmp_path / "lr", "--site", SITE, "--preset", text, "--lr", "0.5e-4")]) == 0
     assert sae.load(tmp_path / "lr" / "batchtopk-40-4").cfg["lr"] == 0.5e-4
+    series = ["--preset", "gpt2_series:d_sae=32+48,l1_coefficient=2"]
+    assert main([*_train(dataset, tmp_path / "two", "--site", SITE, *series)]) == 0
+    for name, width in (("standard-32-2", 32), ("standard-48-2", 48)):
+        assert sae.load(tmp_path / "two" / name).W_dec.shape[0] == width
 
 
 def test_ways_to_say_what_to_train_exclude_each_other(
