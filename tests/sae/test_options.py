@@ -254,6 +254,23 @@ def test_a_run_at_a_url_is_trained_by_command_line(
     assert "holds a run of other settings" in capsys.readouterr().err
 
 
+def test_a_run_at_a_url_is_evaluated_as_a_local_copy_of_it(
+    dataset: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = "memory://sae-options/evaluated"
+    for out in (url, tmp_path):
+        assert main([*_train(dataset, out, "--site", SITE, "--d-sae", 24, "--k", 3, "--k", 4)]) == 0
+    found = []
+    capsys.readouterr()
+    for path in (url, str(tmp_path), f"{url}/topk-24-4"):
+        assert main(["eval", path, "--no-model", "--rows", "256", "--json"]) == 0
+        found.append([(r["l0"], r["fvu"]) for r in json.loads(capsys.readouterr().out)])
+    assert found[0] == found[1]
+    assert found[2] == found[0][1:]
+    assert main(["eval", "memory://sae-options/nothing", "--no-model"]) != 0
+    assert "memory://sae-options/nothing holds no finished SAE" in capsys.readouterr().err
+
+
 def test_a_wrong_site_is_one_line_that_names_those_there_are(
     dataset: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
