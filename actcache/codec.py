@@ -7,7 +7,7 @@ Shapes: N rows, D = d_in.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -116,6 +116,12 @@ class Calibration:
 
     rotation_DD: np.ndarray | None = None
     """float32, orthogonal: row c is the c-th principal component of the core rows (`rotated` only)."""
+
+    @cached_property
+    def rotated_offset_D(self) -> np.ndarray:
+        """float32 [D]: the offset in the coordinates of the principal components (`rotated` only)."""
+        assert self.rotation_DD is not None
+        return (self.rotation_DD.astype(np.float64) @ self.offset_D).astype(np.float32)
 
 
 def calibrate(acts_ND: np.ndarray, precision: Precision) -> Calibration:
@@ -458,9 +464,26 @@ def _decode_rotated(
 ) -> None:
     for i in range(0, len(codes_ND), _PRODUCT_ROWS):
         part = slice(i, i + _PRODUCT_ROWS)
-        signed_ND = (codes_ND[part] >> 1).view(np.int16) ^ -(codes_ND[part] & 1).view(np.int16)
-        np.matmul(signed_ND * scale_N[part, None], rotation_DD, out=out[part])
+        np.matmul(_signed(codes_ND[part]) * scale_N[part, None], rotation_DD, out=out[part])
         out[part] += offset_D
+
+
+def decode_components(codes_ND: np.ndarray, scale_N: np.ndarray, calibration: Calibration) -> np.ndarray:
+    """float32 rows [N, D] in the coordinates of the principal components: `decode`'s rows @ rotation.T.
+
+    Equal to that product up to rounding, without making it.
+    """
+    out = np.empty(codes_ND.shape, np.float32)
+    for i in range(0, len(codes_ND), _PRODUCT_ROWS):
+        part = slice(i, i + _PRODUCT_ROWS)
+        np.multiply(_signed(codes_ND[part]), scale_N[part, None], out=out[part])
+        out[part] += calibration.rotated_offset_D
+    return out
+
+
+def _signed(codes_ND: np.ndarray) -> np.ndarray:
+    """int16 [N, D] of zigzag codes."""
+    return (codes_ND >> 1).view(np.int16) ^ -(codes_ND & 1).view(np.int16)
 
 
 def squared_distance(acts_ND: np.ndarray, centre_D: np.ndarray) -> np.ndarray:

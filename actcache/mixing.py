@@ -104,6 +104,8 @@ def mix(
             another mix.
     """
     asked = StreamOptions(**options)
+    if asked.rotated:
+        raise SpecError("each dataset of a mix has its own rotation; leave rotated out")
     if asked.drop_last:
         raise SpecError("a mix has no drop_last; its last batch is short, leave that one out")
     datasets = [dataset for dataset, _ in parts]
@@ -348,6 +350,8 @@ class Zipped:
         each dataset.
         """
         asked = StreamOptions(**options)
+        if asked.rotated:
+            raise SpecError("aligned datasets are served as decoded; leave rotated out")
         chosen: dict[str, list[str]] = {}
         for site in [sites] if isinstance(sites, str) else list(sites or self.sites):
             name, inner = self._parse(site)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .codec import Calibration, Precision, decode
+from .codec import Calibration, Precision, decode, decode_components
 from .corpus import TokenStore, open_tokens
 from .errors import CorruptObject, ForkedProcess, FormatError, NotADataset
 from .layout import array_layout, n_shards, read_calibration
@@ -127,3 +127,8 @@ class Opened:
             return decode(codes_ND, None, None, self.precision, out=out)
         c = self.calibration(site)
         return decode(codes_ND, scale_N, c.offset_D, self.precision, c.rotation_DD, out)
+
+    def decode_components(self, site: str, codes_ND: np.ndarray, scale_N: np.ndarray | None) -> np.ndarray:
+        """float32 rows of a site stored `rotated`, in the coordinates of its principal components."""
+        assert scale_N is not None
+        return decode_components(codes_ND, scale_N, self.calibration(site))

@@ -52,9 +52,11 @@ class Output:
         unit_norm: divide by the mean norm of the `train` rows; where they are centred, by the root of
             their variance (the root mean square norm of centred rows, which the statistics hold).
         train_stats: the statistics to centre and scale by, of a site; those of `train` by default.
+        rotated: rows in the coordinates of the stored principal components, rows @ rotation.T.
 
     Raises:
-        SpecError: an unknown dtype, one that numpy lacks, or one that cannot hold the values.
+        SpecError: an unknown dtype, one that numpy lacks, or one that cannot hold the values; `rotated`
+            of rows that are not stored so, or with another change of the rows.
     """
 
     def __init__(
@@ -67,8 +69,12 @@ class Output:
         centre: bool = False,
         unit_norm: bool = False,
         train_stats: TrainStats | None = None,
+        rotated: bool = False,
     ) -> None:
         self.sites, self.metadata, self._dataset = sites, metadata, dataset
+        self.rotated = rotated
+        if rotated:
+            _check_rotated(dataset, centre or unit_norm)
         self.dtype = _dtype_name(dtype)
         self._transform: dict[str, _Transform] = {}
         if centre or unit_norm:
@@ -103,7 +109,8 @@ class Output:
         if self._on_accelerator and shared.precision.kind in ("fvu", "bf16", "fp16", "fp32"):
             bits_ND = codes_ND.view(np.int16) if shared.precision.kind == "bf16" else codes_ND
             return self._tensor(bits_ND), None if scale_N is None else self._tensor(scale_N)
-        acts_ND = shared.decode(site, codes_ND, scale_N)
+        decode = shared.decode_components if self.rotated else shared.decode
+        acts_ND = decode(site, codes_ND, scale_N)
         if site in self._transform:
             acts_ND = self._transform[site].in_place(acts_ND)
         if self._torch is None:
@@ -165,8 +172,19 @@ class Output:
         """`ds.stats(site)` of the rows as served: mean, variance, mean_norm, max_abs follow the transform.
 
         Of centred rows `mean_norm` is the root mean square norm. `max_abs` is then an upper bound.
+        Of rotated rows `mean` is rotated, and norms are the same. `max_abs` and `max_error` are upper
+        bounds. The variance of each component is not known: "total_variance" takes its place, summed
+        over them.
         """
         out = dict(stats)
+        if self.rotated:
+            rotation_DD = self._dataset._shared.calibration(site).rotation_DD
+            assert rotation_DD is not None
+            out["mean"] = rotation_DD.astype(np.float64) @ out["mean"]
+            out["total_variance"] = float(out.pop("variance").sum())
+            for name in ("max_abs", "max_error"):
+                out[name] *= float(np.sqrt(len(rotation_DD)))
+            return out
         if site not in self._transform:
             return out
         transform = self._transform[site]
@@ -197,6 +215,16 @@ def decode_on_device(torch: Any, codes: Any, scale: Any, offset: Any, precision:
         return codes.view(torch.bfloat16).to(torch.float32)
     acts = codes.to(torch.float32, copy=True)
     return acts.mul_(scale[:, None]).add_(offset) if precision.quantised else acts
+
+
+def _check_rotated(dataset: "Dataset", changed: bool) -> None:
+    precision = dataset._shared.precision
+    if not precision.rotated:
+        raise SpecError(
+            f"{dataset.url} is stored as {precision}, and rotated=True is for rotated:<x>; leave it out"
+        )
+    if changed:
+        raise SpecError("rotated=True goes with neither centre nor unit_norm; sae.train scales by itself")
 
 
 def _transform(stats: Mapping[str, Any], site: str, centre: bool, unit_norm: bool) -> _Transform:

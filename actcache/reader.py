@@ -347,6 +347,7 @@ class Dataset:
         device: Any = None,
         centre: bool = False,
         unit_norm: bool = False,
+        rotated: bool = False,
     ) -> "Stream":
         """Shuffled batches of aligned sites, each row exactly once an epoch over all ranks.
 
@@ -368,6 +369,8 @@ class Dataset:
             device: None for numpy, else a torch device, to which codes are copied and decoded there.
             centre: subtract the site's mean, from the statistics of `train`.
             unit_norm: divide by the site's mean norm; of centred rows, by their root mean square norm.
+            rotated: of a dataset stored as `rotated:<x>`: rows in the coordinates of their principal components,
+                without the product that brings them back; `stream.rotation(site)` does: rows @ rotation.
 
         Raises:
             SpecError: unknown site, bad sizes, or a state of another dataset or order.
@@ -389,6 +392,7 @@ class Dataset:
             device=device,
             centre=centre,
             unit_norm=unit_norm,
+            rotated=rotated,
         )
         return Stream(dataset, dataset._chosen(sites), options, state)
 

@@ -90,6 +90,7 @@ class StreamOptions:
     device: Any = None
     centre: bool = False
     unit_norm: bool = False
+    rotated: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.epochs < 1:
@@ -136,6 +137,7 @@ class Stream:
             options.centre,
             options.unit_norm,
             train_stats,
+            options.rotated,
         )
         self._filter = None if options.where is None else Filter(options.where, dataset, sites)
         self.n_rows = min(dataset._site_rows(site) for site in sites)
@@ -168,6 +170,10 @@ class Stream:
     def stats(self, site: str) -> dict[str, Any]:
         """As `Dataset.stats`, of the rows as served: centred and scaled if that was asked for."""
         return self._output.stats(self.dataset.stats(site), site)
+
+    def rotation(self, site: str) -> np.ndarray | None:
+        """float32 [D, D] by which rows served in rotated coordinates return: rows @ rotation; else None."""
+        return self.dataset._shared.calibration(site).rotation_DD if self.options.rotated else None
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands, as JSON: the order's parameters and the next global row."""

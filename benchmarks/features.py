@@ -229,29 +229,38 @@ class _Generating(Harvester):
 
 
 @torch.no_grad()
-def evaluate(s: "sae.SAE", features: Features, n_rows: int, seed: int = 10**6) -> dict[str, float]:
-    """What SAELens' evaluation of synthetic data gives, over rows that no dataset holds.
+def draw(features: Features, n_rows: int, seed: int = 10**6) -> Iterator[tuple[Tensor, Tensor]]:
+    """(which features are active, rows), in parts, of rows that no dataset holds."""
+    g = torch.Generator().manual_seed(seed)
+    for start in range(0, n_rows, 4096):
+        acts_NF, x_ND = features.sample(min(4096, n_rows - start), g)
+        yield acts_NF > 0, x_ND
+
+
+@torch.no_grad()
+def evaluate(
+    s: "sae.SAE", features: Features, n_rows: int, drawn: Sequence[tuple[Tensor, Tensor]] | None = None
+) -> dict[str, float]:
+    """What SAELens' evaluation of synthetic data gives, over `draw(features, n_rows)`, or that already `drawn`.
 
     mcc: mean |cosine| of decoder rows and features, matched one to one as well as can be. f1: each
     latent as a detector of the feature nearest to it, mean over latents. explained_variance:
     1 - E|x - x^|^2 / (E|x|^2 - |E x|^2). l0, true_l0: active latents and features a row.
     """
-    g = torch.Generator().manual_seed(seed)
     cosine_LF = torch.nn.functional.normalize(s.W_dec.float(), dim=1) @ features.vectors_FD.T
     nearest_L = cosine_LF.abs().argmax(1)
     both = fires = true = torch.zeros(len(nearest_L))
     squared = residual = l0 = true_l0 = 0.0
     total_D = torch.zeros(features.vectors_FD.shape[1], dtype=torch.float64)
-    for start in range(0, n_rows, 4096):
-        acts_NF, x_ND = features.sample(min(4096, n_rows - start), g)
+    for active_NF, x_ND in draw(features, n_rows) if drawn is None else drawn:
         latents_NL = s.encode(x_ND)
-        on_NL, truth_NL = latents_NL > 0, acts_NF[:, nearest_L] > 0
+        on_NL, truth_NL = latents_NL > 0, active_NF[:, nearest_L]
         both = both + (on_NL & truth_NL).sum(0)
         fires, true = fires + on_NL.sum(0), true + truth_NL.sum(0)
         residual += float((s.decode(latents_NL) - x_ND).double().square().sum())
         squared += float(x_ND.double().square().sum())
         total_D += x_ND.double().sum(0)
-        l0, true_l0 = l0 + int(on_NL.sum()), true_l0 + int((acts_NF > 0).sum())
+        l0, true_l0 = l0 + int(on_NL.sum()), true_l0 + int(active_NF.sum())
     variance = squared / n_rows - float((total_D / n_rows).square().sum())
     return {
         "mcc": matched(cosine_LF.abs().numpy()),

@@ -10,9 +10,12 @@ thresholds by averages of 100 batches.
 
 A summary line follows: mean and standard deviation over seeds, and whether ours is within two
 pooled standard deviations of SAELens' or better. `--quick` proves that it runs; its figures mean nothing.
+With `--keep DIR` a run that was killed goes on with the SAEs that are missing.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -20,8 +23,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ from safetensors.torch import save_file
 
 import actcache
 import sae
-from sae.architectures import Architecture
+from sae.architectures import Architecture, config_to_dict
 from sae.learner import Learner
 
 ROOT = Path(__file__).parents[1]
@@ -113,7 +116,7 @@ def synth() -> dict[str, Contest]:
 
 
 CONTESTS = {"toy-a": toy_a, "synth": synth}
-ROWS = {"toy-a": 3_000_000, "synth": 5_000_000}
+ROWS = {"toy-a": 3_000_000, "synth": 2_000_000}
 
 
 def main() -> None:
@@ -124,43 +127,57 @@ def main() -> None:
     parser.add_argument("--arch", action="append", help="architecture, repeatable; default: all")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument(
-        "--rows", type=int, help="rows to train on; default: 3 million toy-a, 5 million synth"
+        "--rows", type=int, help="rows to train on; default: 3 million toy-a, 2 million synth"
     )
-    parser.add_argument("--keep", type=Path, help="directory for datasets and SAEs; default: a temporary one")
+    parser.add_argument(
+        "--keep", type=Path, help="directory for datasets and SAEs, from which a killed run goes on"
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke run: 40,960 rows, one seed")
     options = parser.parse_args()
-    seeds = 1 if options.quick else options.seeds
-    python = peers.python()
+    torch.set_num_threads(1)  # SAEs this small are slower on two
     with tempfile.TemporaryDirectory() as temporary:
         for data in options.data or CONTESTS:
             n_rows = 40 * BATCH_SIZE if options.quick else options.rows or ROWS[data]
-            for name, contest in CONTESTS[data]().items():
-                if not options.arch or name in options.arch:
-                    run(data, name, contest, n_rows, seeds, (options.keep or Path(temporary)) / data, python)
+            chosen = {n: c for n, c in CONTESTS[data]().items() if not options.arch or n in options.arch}
+            directory = (options.keep or Path(temporary)) / f"{data}-{n_rows}"
+            run(data, chosen, n_rows, 1 if options.quick else options.seeds, directory)
 
 
-def run(
-    data: str, name: str, contest: Contest, n_rows: int, seeds: int, directory: Path, python: Path
-) -> None:
-    """One architecture: a line for each trainer and seed, then the summary."""
-    truth = features.synth() if data == "synth" else features.toy_a(contest.exactly)
-    written = directory / ("rows" if contest.exactly is None else f"rows-exactly-{contest.exactly}")
-    dataset = features.write(truth, written, n_rows)
-    found: dict[str, list[dict[str, float]]] = {"actcache": [], "saelens": []}
-    for seed in range(seeds):
-        out = directory / name / str(seed)
-        trained = {
-            "actcache": train_ours(dataset, contest, n_rows, seed),
-            "saelens": train_theirs(dataset, contest, n_rows, seed, out, python),
-        }
-        for trainer, s in trained.items():
-            metrics = features.evaluate(s, truth, 20_000 if n_rows < 10**6 else 100_000)
+def run(data: str, contests: Mapping[str, Contest], n_rows: int, seeds: int, directory: Path) -> None:
+    """All architectures on one set of features: a line for each trainer and seed, and summaries.
+
+    SAELens trains in a process of its own while ours trains here. What is finished in `directory` is kept.
+    """
+    truths, datasets = {}, {}
+    for exactly in {c.exactly for c in contests.values()}:
+        truths[exactly] = features.synth() if data == "synth" else features.toy_a(exactly)
+        written = directory / ("rows" if exactly is None else f"rows-exactly-{exactly}")
+        datasets[exactly] = features.write(truths[exactly], written, n_rows)
+    places = {
+        (name, seed): (c, datasets[c.exactly], directory / name / str(seed))
+        for name, c in contests.items()
+        for seed in range(seeds)
+    }
+    jobs = [
+        their_job(dataset, c, n_rows, seed, out / "saelens")
+        for (_, seed), (c, dataset, out) in places.items()
+    ]
+    with jobs_running(jobs):
+        for (_, seed), (c, dataset, out) in places.items():
+            keep_ours(dataset, c, n_rows, seed, out / "actcache")
+    n_drawn = 20_000 if n_rows < 10**6 else 100_000
+    drawn = {exactly: list(features.draw(truth, n_drawn)) for exactly, truth in truths.items()}
+    for name, c in contests.items():
+        found: dict[str, list[dict[str, float]]] = {"actcache": [], "saelens": []}
+        for seed, trainer in itertools.product(range(seeds), found):
+            s = sae.load(places[name, seed][2] / trainer)
+            metrics = features.evaluate(s, truths[c.exactly], n_drawn, drawn[c.exactly])
             found[trainer].append(metrics)
             rounded = {key: round(value, 4) for key, value in metrics.items()}
             report(
-                "ground-truth", data=data, arch=name, trainer=trainer, seed=seed, rows=n_rows, lr=contest.lr, **rounded
+                "ground-truth", data=data, arch=name, trainer=trainer, seed=seed, rows=n_rows, lr=c.lr, **rounded
             )  # fmt: skip
-    report("ground-truth-summary", data=data, arch=name, rows=n_rows, seeds=seeds, **compared(found))
+        report("ground-truth-summary", data=data, arch=name, rows=n_rows, seeds=seeds, **compared(found))
 
 
 def compared(found: Mapping[str, list[dict[str, float]]]) -> dict[str, Any]:
@@ -204,17 +221,43 @@ def training(contest: Contest, n_rows: int, seed: int) -> sae.Training:
     )
 
 
+def keep_ours(dataset: actcache.Dataset, contest: Contest, n_rows: int, seed: int, out: Path) -> None:
+    """Our SAE in `out`, unless it is there."""
+    settings = {
+        "dataset": dataset.id,
+        "config": config_to_dict(contest.ours),
+        "training": asdict(training(contest, n_rows, seed)),
+    }
+    if not done(out, settings):
+        train_ours(dataset, contest, n_rows, seed).save(out)
+        (out / "done.json").write_text(json.dumps(settings))
+
+
+def done(out: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether a run with these settings ended in `out`."""
+    marker = out / "done.json"
+    return marker.exists() and json.loads(marker.read_text()) == json.loads(json.dumps(settings))
+
+
 def train_theirs(
+    dataset: actcache.Dataset, contest: Contest, n_rows: int, seed: int, out: Path, record: int, norm: float
+) -> Path:
+    """What SAELens wrote down of its first `record` steps; decoder rows start with this norm."""
+    with jobs_running([their_job(dataset, contest, n_rows, seed, out, record, norm)]):
+        pass
+    return out / "recorded.safetensors"
+
+
+def their_job(
     dataset: actcache.Dataset,
     contest: Contest,
     n_rows: int,
     seed: int,
     out: Path,
-    python: Path,
     record: int = 0,
     norm: float = 0.1,
-) -> Any:
-    """SAELens' SAE, or with `record` what it wrote down of its first steps."""
+) -> dict[str, Any]:
+    """What benchmarks/saelens_trainer.py is asked for; the first weights are written to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     d_in = dataset.d_in(features.SITE)
     p = Learner(contest.ours, d_in, 1.0, training(contest, n_rows, seed).rules(contest.ours), seed).parameters
@@ -222,7 +265,7 @@ def train_theirs(
     initial = {"W_enc": W_dec.T.contiguous(), "W_dec": W_dec}
     initial |= {name: torch.full((contest.ours.d_sae,), value) for name, value in contest.initial.items()}
     save_file(initial, out / "initial.safetensors")
-    job = {
+    return {
         "url": dataset.url,
         "site": features.SITE,
         "batch_size": BATCH_SIZE,
@@ -236,15 +279,33 @@ def train_theirs(
         "out": str(out),
         "record": record,
     }
-    (out / "job.json").write_text(json.dumps(job))
+
+
+@contextlib.contextmanager
+def jobs_running(jobs: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """SAELens' trainer on the jobs that are not done, in one process beside the caller; waits for its end."""
+    waiting = [job for job in jobs if not done(Path(job["out"]), job)]
+    if not waiting:
+        yield
+        return
+    paths = [Path(job["out"]) / "job.json" for job in waiting]
+    for path, job in zip(paths, waiting, strict=True):
+        path.write_text(json.dumps(job))
     script = Path(__file__).with_name("saelens_trainer.py")
     settings = {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [python, script, out / "job.json"], env=os.environ | settings, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise SystemExit(f"SAELens' trainer failed:\n{done.stderr[-4000:]}")
-    return out / "recorded.safetensors" if record else sae.load(out)
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [peers.python(), script, *paths], env=os.environ | settings, stdout=log, stderr=log
+        )
+        try:
+            yield
+            process.wait()
+        finally:
+            process.kill()
+            process.wait()
+        if process.returncode:
+            log.seek(0)
+            raise SystemExit(f"SAELens' trainer failed:\n{log.read()[-4000:]}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """SAELens' trainer on a dataset of ours, from given weights; run by an interpreter that has SAELens.
 
-    python saelens_trainer.py JOB.json
+    python saelens_trainer.py JOB.json ...
 
 Knows nothing of our `sae`; the rows come through `actcache` in the order that our trainer gets them.
 The job: url, site, batch_size, n_rows, order_seed, lr, architecture, options (of SAELens' config),
 initial (safetensors), out. With `record` (steps) it writes recorded.safetensors in place of training
-to the end: parameters, loss and gradients before clipping of each of these steps.
+to the end: parameters, loss and gradients before clipping of each of these steps. A job that ends leaves
+done.json, a copy of itself, in its `out`.
 """
 
 import json
@@ -25,14 +26,21 @@ import actcache
 
 
 def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(1)  # SAEs this small are slower on two
+    for path in sys.argv[1:]:
+        run(json.loads(Path(path).read_text()))
+
+
+def run(job: dict[str, Any]) -> None:
+    """One job, from its first weights to its files."""
     sae = initialised(job)
     trainer = SAETrainer(config(job), sae, rows(job))
     if job.get("record"):
         save_file(record(trainer, job["record"]), Path(job["out"]) / "recorded.safetensors")
-        return
-    trainer.fit()
-    sae.save_inference_model(job["out"])
+    else:
+        trainer.fit()
+        sae.save_inference_model(job["out"])
+    (Path(job["out"]) / "done.json").write_text(json.dumps(job))
 
 
 def initialised(job: dict[str, Any]) -> Any:

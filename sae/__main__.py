@@ -124,8 +124,8 @@ def _choice_options() -> list[click.Parameter]:
         click.Option(
             ["--preset"],
             metavar="NAME:KEY=VALUE,...",
-            help=f"Published settings: {', '.join(PRESETS)}; e.g. batchtopk_gpt2:d_sae=6144,k=32. Options given "
-            "beside it come first.",
+            help=f"Published settings: {', '.join(PRESETS)}; e.g. batchtopk_gpt2:d_sae=6144,k=32; gpt2_series "
+            "trains eight widths on one stream. Options given beside it come first.",
         ),
         click.Option(
             ["--start"],
@@ -160,6 +160,14 @@ def _run_options() -> list[click.Parameter]:
             type=int,
             default=None,
             help="Passes over the dataset. Default: one, or as many as --rows needs.",
+        ),
+        click.Option(
+            ["--rotated"],
+            is_flag=True,
+            default=None,
+            help="Train on the principal components as a dataset of rotated:<x> stores them, without the product "
+            "that turns each row back; the finished SAE is turned back in its place. Adam takes other steps there: "
+            "runs of a few hundred steps end worse, long ones as well (docs/sae.md).",
         ),
         click.Option(
             ["--log"],
@@ -223,6 +231,7 @@ def _train(config: Path | None, storage_options: dict[str, Any], json: bool, **o
         seed=training.seed,
         epochs=settings.get("epochs") or math.ceil(training.n_rows / ds.n_rows),
         metadata=False,
+        rotated=settings.get("rotated", False),
     )
     train(
         stream,
@@ -241,7 +250,11 @@ def _settings(config: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
     from .options import read_file
 
     found = {"storage_options": {}, "training": {}} if config is None else read_file(config)
-    found |= {name: given[name] for name in ("data", "site", "out", "batch_size", "epochs") if name in given}
+    found |= {
+        name: given[name]
+        for name in ("data", "site", "out", "batch_size", "epochs", "rotated")
+        if name in given
+    }
     if "log" in given:
         found["log"] = tuple(given["log"].split(","))
     for name, hint in (("data", "the dataset that `actcache harvest` wrote"), ("out", "the run's directory")):
@@ -285,7 +298,7 @@ def _chosen(
         configs = [sae_of_text(text) for text in given["saes"]]
     elif "preset" in given or (not used and settings.get("preset")):
         preset = preset_of_text(given.get("preset", settings.get("preset")), rows)
-        configs = [_without_own(preset.config, {**settings["training"], **given})]
+        configs = [_without_own(c, {**settings["training"], **given}) for c in preset.configs]
     elif used:
         configs = combinations(given.get("arch", ("topk",)), given.get("revive"), flags)
     elif settings.get("sae"):

@@ -207,11 +207,15 @@ class Learner:
         dead_A = self.dead_A
         initial = self.config.extra_parameters(x_ND.dtype)
         revive.renew(self.parameters, initial, x_ND, row_loss_N, dead_A, self.generator)
+        self._forget(dead_A)
+        self.rows_since_fired_F[dead_A] = 0
+
+    def _forget(self, dead_A: Tensor) -> None:
+        """Adam's moments of these latents start again."""
         for name, p in self.parameters.items():
             if name != "b_dec_D":
                 for key in ("exp_avg", "exp_avg_sq"):
                     self.optimiser.state[p][key][dead_A] = 0
-        self.rows_since_fired_F[dead_A] = 0
 
     def _to_unit_norm(self) -> None:
         p = self.parameters

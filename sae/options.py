@@ -35,6 +35,7 @@ FILE_KEYS = (
     "out",
     "batch_size",
     "epochs",
+    "rotated",
     "preset",
     "start",
     "log",
@@ -109,7 +110,8 @@ def preset_of_text(text: str, n_rows: int) -> "Preset":
     function, given = PRESETS[name], _pairs(rest, f"--preset {text}")
     parameters = inspect.signature(function).parameters
     _check_names(given, parameters, f"{name}: key")
-    values = {k: fitted(parameters[k].annotation, v, f"{name}: {k}") for k, v in given.items()}
+    kinds = {k: p.annotation for k, p in parameters.items()}
+    values = {k: fitted(kinds[k], _listed(kinds[k], v), f"{name}: {k}") for k, v in given.items()}
     if "n_rows" in parameters:
         values.setdefault("n_rows", n_rows)
     missing = [k for k, p in parameters.items() if p.default is p.empty and k not in values]
@@ -162,6 +164,7 @@ def read_file(path: Path) -> dict[str, Any]:
         "preset": str,
         "batch_size": int,
         "epochs": int,
+        "rotated": bool,
         "site": tuple[str, ...],
         "start": tuple[str, ...],
         "log": tuple[str, ...],

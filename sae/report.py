@@ -106,7 +106,7 @@ def write_report(
         CorruptObject: a file of the run is not what it should be.
     """
     entries = sorted(
-        (_entry(directory) for directory in find_saes(Path(run_dir))), key=lambda e: (e.site, e.name)
+        (_entry(Path(directory)) for directory in find_saes(Path(run_dir))), key=lambda e: (e.site, e.name)
     )
     for number, entry in enumerate(entries):
         entry.number = number
@@ -446,7 +446,7 @@ def report_command(
     from actcache.lm import load_tokenizer
 
     ds, note = None, ""
-    cfgs = [_entry(directory).cfg for directory in find_saes(run_dir)]
+    cfgs = [_entry(Path(directory)).cfg for directory in find_saes(run_dir)]
     try:
         ds = actcache.open(dataset_url(cfgs, url), storage_options=storage_options)
     except ActcacheError as err:

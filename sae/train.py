@@ -25,11 +25,12 @@ from actcache.progress import Progress
 from .architectures import Architecture, config_to_dict
 from .core import SAE
 from .learner import Learner, geometric_median
+from .rotation import rotation_of, turned
 from .rundir import METRICS_FILE, RunDirectory, run_names
 from .step import Outcome
 from .streams import Batch, Stream, dataset_of, resumed
 from .trackers import make_trackers
-from .training import Training, input_factor
+from .training import Training, input_factor, total_variance
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ def train(
     was, to the same bits on the same machine, and a finished one is returned at once.
 
     Args:
-        stream: batches, from `ds.stream(...)` or `sae.ArrayStream`.
+        stream: batches, from `ds.stream(...)` or `sae.ArrayStream`. Of rows in rotated coordinates
+            (`ds.stream(..., rotated=True)`) the SAEs are turned back at the end: sae/rotation.py.
         configs: `sae.TopK(...)`, `sae.JumpReLU(...)`, ...; several are trained side by side.
         training: rows, learning rate, seed.
         start: finished SAEs (`sae.load(...)`) to take the first weights from, one for each config
@@ -116,6 +118,7 @@ class Trainer:
         self.configs = [replace(c, site=_resolve_site(c.site, stream.sites)) for c in configs]
         self.rows = self.step = 0
         self.stats = {site: stream.stats(site) for site in {str(c.site): None for c in self.configs}}
+        self.rotations = {site: rotation_of(stream, site) for site in self.stats}
         self.names = run_names(self.configs)
         self.learners = [self._learner(*both) for both in zip(self.configs, start, strict=True)]
         self.directory = (
@@ -159,7 +162,7 @@ class Trainer:
                     close()
                 for tracker in self.trackers:
                     tracker.close()
-        saes = [learner.finished(self._cfg(learner)) for learner in self.learners]
+        saes = [self._finished(learner) for learner in self.learners]
         if self.directory is not None:
             self.directory.finish(saes)
         return saes
@@ -264,7 +267,7 @@ class Trainer:
         }
 
     def _metrics(self, learner: Learner, outcome: Outcome, n: int) -> dict[str, Any]:
-        variance = float(np.sum(self.stats[str(learner.config.site)]["variance"])) * learner.scale**2
+        variance = total_variance(self.stats[str(learner.config.site)]) * learner.scale**2
         return {
             "step": self.step,
             "rows": self.rows,
@@ -281,8 +284,14 @@ class Trainer:
         rules = self.training.rules(config)
         learner = Learner(config, len(stats["mean"]), scale, rules, self.training.seed)
         if start is not None:
-            learner.start_from(start)
+            rotation_DD = self.rotations[str(config.site)]
+            learner.start_from(start if rotation_DD is None else turned(start, rotation_DD.T))
         return learner
+
+    def _finished(self, learner: Learner) -> SAE:
+        """The SAE for the model's activations."""
+        s, rotation_DD = learner.finished(self._cfg(learner)), self.rotations[str(learner.config.site)]
+        return s if rotation_DD is None else turned(s, rotation_DD)
 
     def _save_checkpoint(self) -> None:
         if self.directory is None:
@@ -325,6 +334,7 @@ class Trainer:
                     for name, value in self.stream.state().items()
                     if name not in ("epoch", "row", "version")
                 },
+                **({"rotated": True} if self._rotated else {}),
                 "sites": {
                     site: {"d_in": len(stats["mean"]), "mean_norm": float(stats["mean_norm"])}
                     for site, stats in self.stats.items()
@@ -332,10 +342,12 @@ class Trainer:
             },
         }
 
+    @property
+    def _rotated(self) -> bool:
+        return any(rotation_DD is not None for rotation_DD in self.rotations.values())
+
     def _cfg(self, learner: Learner) -> dict[str, Any]:
         """`sae.json`: settings, then how it came about."""
-        from importlib.metadata import version
-
         dataset = dataset_of(self.stream)
         return {
             **json.loads(json.dumps(config_to_dict(learner.config))),
@@ -350,9 +362,20 @@ class Trainer:
             "batch_size": self.stream.batch_size,
             "lr": learner.rules.lr,
             "input_scale_folded": learner.scale,
+            **({"trained_rotated": True} if self._rotated else {}),
             "training": json.loads(json.dumps(asdict(self.training))),
-            "actcache_version": version("actcache"),
+            "actcache_version": _version(),
         }
+
+
+def _version() -> str | None:
+    """Of the installed package; None in a checkout on the path."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("actcache")
+    except PackageNotFoundError:
+        return None
 
 
 def _centre(x_ND: Tensor, rule: str) -> Tensor:

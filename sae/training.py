@@ -179,7 +179,12 @@ def input_factor(stats: Mapping[str, Any], rule: InputScale) -> float:
     if rule == "sqrt_d":
         norm, wanted = float(stats["mean_norm"]), math.sqrt(len(mean_D))
     else:
-        norm, wanted = math.sqrt(float(np.sum(mean_D**2) + np.sum(stats["variance"]))), 1.0
+        norm, wanted = math.sqrt(float(np.sum(mean_D**2)) + total_variance(stats)), 1.0
     if not 0 < norm < math.inf:
         raise SpecError(f"the activations' mean norm is {norm}, so they can not be scaled; check the dataset")
     return wanted / norm
+
+
+def total_variance(stats: Mapping[str, Any]) -> float:
+    """Summed over dimensions; of rotated rows only this sum is known."""
+    return float(stats["total_variance"] if "total_variance" in stats else np.sum(stats["variance"]))

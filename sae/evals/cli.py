@@ -4,7 +4,7 @@ Owns the options and what is printed; `find_saes` is also how `report` reads a r
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,19 @@ _COLUMNS = (  # heading, figure, format
 )
 
 
-def find_saes(path: Path) -> list[Path]:
+def find_saes(path: Path | str, storage_options: Mapping[str, Any] | None = None) -> list[Path | str]:
     """Directories of finished SAEs: `path` itself, or those directly below it, by name.
+
+    At an fsspec URL: a run's SAEs, as its run.json names them.
 
     Raises:
         SpecError: there is none.
     """
-    names = ("sae.json", "cfg.json")
+    from sae.files import is_url, local_path
+
+    if is_url(path):
+        return _saes_at_url(str(path).rstrip("/"), storage_options)
+    path, names = local_path(path), ("sae.json", "cfg.json")
     if any((path / name).exists() for name in names):
         return [path]
     found = sorted(p for p in path.glob("*/") if any((p / name).exists() for name in names))
@@ -38,6 +44,27 @@ def find_saes(path: Path) -> list[Path]:
         raise SpecError(
             f"{path} holds no finished SAE (no sae.json in it nor one level below). "
             "Give the --out directory of `python -m sae train`, or one SAE inside it."
+        )
+    return list(found)
+
+
+def _saes_at_url(url: str, storage_options: Mapping[str, Any] | None) -> list[Path | str]:
+    from sae.core import SETTINGS_FILE, parse_json
+    from sae.files import run_files
+    from sae.rundir import RUN_FILE
+
+    files = run_files(url, storage_options)
+    if files.read(SETTINGS_FILE) is not None:
+        return [url]
+    run = files.read(RUN_FILE)
+    names = () if run is None else sorted(parse_json(f"{url}/{RUN_FILE}", run).get("saes", ()))
+    found: list[Path | str] = [
+        f"{url}/{name}" for name in names if files.read(f"{name}/{SETTINGS_FILE}") is not None
+    ]
+    if not found:
+        raise SpecError(
+            f"{url} holds no finished SAE (no {SETTINGS_FILE} in it, nor a finished run's {RUN_FILE}). "
+            "Give the --out URL of `python -m sae train`, or one SAE inside it."
         )
     return found
 
@@ -61,9 +88,7 @@ def dataset_url(cfgs: Sequence[dict[str, Any]], given: str | None) -> str:
 
 
 @click.command("eval", short_help="Evaluate trained SAEs on held-out activations and in their LM.")
-@click.argument(
-    "paths", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path)
-)
+@click.argument("paths", nargs=-1, required=True, type=str)
 @click.option("--data", "url", help="Dataset URL. Default: the one that the SAEs were trained on.")
 @click.option("--split", default="validation", show_default=True, help="Split of the dataset.")
 @click.option("--model", help="LM path or hub id. Default: the one that was harvested.")
@@ -83,7 +108,7 @@ def dataset_url(cfgs: Sequence[dict[str, Any]], given: str | None) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Print the results as a JSON list on standard output.")
 @storage_option
 def eval_command(
-    paths: tuple[Path, ...],
+    paths: tuple[str, ...],
     url: str | None,
     split: str,
     model: str | None,
@@ -94,9 +119,9 @@ def eval_command(
     as_json: bool,
     storage_options: dict[str, Any],
 ) -> None:
-    """Evaluate the SAEs in PATHS: SAE directories, or run directories that hold them.
+    """Evaluate the SAEs in PATHS: SAE directories, or run directories that hold them, also at URLs.
 
-    Writes eval.json and latents.parquet beside each SAE and prints a table. A result of the same
+    Writes eval.json and latents.parquet beside each local SAE and prints a table. A result of the same
     SAE, data and settings is reused. Losses are in nats per token.
 
     \b
@@ -111,8 +136,8 @@ def eval_command(
 
     if model is not None and no_model:
         raise SpecError("--model and --no-model contradict each other; give one of them.")
-    directories = [directory for path in paths for directory in find_saes(path)]
-    saes = [sae.load(directory) for directory in directories]
+    directories = [directory for path in paths for directory in find_saes(path, storage_options)]
+    saes = [sae.load(directory, storage_options) for directory in directories]
     ds = actcache.open(dataset_url([s.cfg for s in saes], url), storage_options=storage_options)
     lm = None if no_model else model or ds.spec.model
     results = evaluate_many(saes, ds, lm, split, n_sequences=n_sequences, n_rows=n_rows, reuse=not force)
@@ -122,7 +147,7 @@ def eval_command(
         _print_table(directories, results)
 
 
-def _print_table(directories: Sequence[Path], results: Sequence[dict[str, Any]]) -> None:
+def _print_table(directories: Sequence[Path | str], results: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -133,7 +158,7 @@ def _print_table(directories: Sequence[Path], results: Sequence[dict[str, Any]])
         table.add_column(heading, justify="right", min_width=6)
     for directory, result in zip(directories, results, strict=True):
         values = ["" if result.get(name) is None else form.format(result[name]) for _, name, form in columns]
-        table.add_row(directory.name, *values)
+        table.add_row(str(directory).rsplit("/", 1)[-1], *values)
     console = Console(highlight=False)
     console.print(table, width=None if console.is_terminal else 120)
     first = results[0]

@@ -57,9 +57,9 @@ class Dead:
         known_ND = self.centred_ND.detach()
         pre_NA = self.scratch.get("dead", (len(known_ND), self.n), self.pre_NF.dtype)
         torch.index_select(self.pre_NF, 1, self.index_A, out=pre_NA)
-        rounded = pre_NA.dtype == torch.bfloat16
+        own = self.own  # gathered here: under no_grad it would be cut off from the parameters
         with torch.no_grad():
-            exact = exact_values(known_ND, self.own) if rounded else None
+            exact = exact_values(known_ND, own) if pre_NA.dtype == torch.bfloat16 else None
             entries = largest_per_row(pre_NA, k, self.scratch, exact)
-        chosen_view = Chosen(self.centred_ND, self.own, entries)
+        chosen_view = Chosen(self.centred_ND, own, entries)
         return chosen_view, chosen_view.pre

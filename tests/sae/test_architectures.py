@@ -108,6 +108,21 @@ def test_sparse_step_equals_autograd_with_dead_latents(
     _assert_equal_outcomes(with_dead, _step("dense", config, *case), 1e-11)
 
 
+def test_bfloat16_selection_with_half_of_the_latents_dead_equals_autograd_where_bfloat16_alone_does_not() -> (
+    None
+):
+    config = sae.TopK(d_sae=F, k=K, revive=sae.AuxK(k_aux=12))
+    p, x, dead = _case(config, F // 2, torch.float32)
+    fast = gradients("sparse", config, p, x, dead, Moment(), Scratch(), "bfloat16")
+    _assert_equal_outcomes(fast, _step("dense", config, p, x, dead, Moment()), 1e-5)
+    centred = x - p["b_dec_D"]
+    for rows, k in ((slice(None), K), (dead, 12)):  # what is chosen of all, and of the dead
+        W, b = p["W_enc_FD"][rows], p["b_enc_F"][rows]
+        exact = torch.topk(torch.addmm(b, centred, W.T), k).indices
+        rounded = torch.topk(torch.addmm(b.bfloat16(), centred.bfloat16(), W.T.bfloat16()).float(), k).indices
+        assert not torch.equal(exact.sort().values, rounded.sort().values)
+
+
 @pytest.mark.parametrize("config", CONFIGS[:6], ids=NAMES[:6])
 def test_a_batch_with_many_active_latents_takes_the_dense_formula(config: Architecture) -> None:
     p, x, dead = _case(config)

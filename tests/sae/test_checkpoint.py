@@ -17,7 +17,7 @@ import torch
 import sae
 from actcache.errors import Conflict, CorruptObject, FormatError, StoreError
 from sae import checkpoint
-from sae.files import LocalFiles, StoredFiles, run_files
+from sae.files import LocalFiles, RunFiles, StoredFiles, run_files
 
 CONFIGS = [
     sae.TopK(d_sae=64, k=6, optimiser=sae.Optimiser(ema_decay=0.9)),
@@ -277,6 +277,55 @@ def test_a_run_in_memory_resumes_to_the_bits_of_a_local_one(straight: Path) -> N
 
 def test_a_run_on_s3_resumes_to_the_bits_of_a_local_one(straight: Path, s3: dict) -> None:
     _interrupted_run_at("s3://bucket/sae/run", s3, straight)
+
+
+@pytest.mark.slow
+def test_a_run_on_s3_killed_by_sigkill_resumes_to_the_bit(straight: Path, s3: dict, tmp_path: Path) -> None:
+    """A real process over HTTP, killed before, within and between its writes to the store."""
+    url = "s3://bucket/sae/killed"
+    script = tmp_path / "run.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import json, sys, time
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import torch
+        torch.set_num_threads({torch.get_num_threads()})
+        import sae
+        from test_checkpoint import CONFIGS, TRAINING, Breaking, _acts
+
+        class Slow(Breaking):
+            def __iter__(self):
+                for batch in super().__iter__():
+                    time.sleep(0.02)
+                    yield batch
+
+        sae.train(Slow(_acts()), CONFIGS, TRAINING, out={url!r}, storage_options=json.loads(sys.argv[1]))
+        """)
+    )
+    files = run_files(url, s3)
+    rows = 0
+    for kill in range(3):
+        process = subprocess.Popen([sys.executable, str(script), json.dumps(s3)], stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and _stored_rows(files) <= rows and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(0.02 * kill)  # as the old checkpoint goes, between checkpoints, in a later step
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+        stored = files.load_checkpoint()
+        assert stored is not None
+        assert checkpoint.parse_checkpoint(*stored)[1]["rows"] > rows  # never torn
+        rows = _stored_rows(files)
+    sae.train(Breaking(_acts()), CONFIGS, TRAINING, out=url, storage_options=s3)
+    assert _stored_bits(url, s3) == _bits(straight)
+    assert not files.has_checkpoint()
+
+
+def _stored_rows(files: RunFiles) -> int:
+    """Rows of the newest checkpoint; 0 if there is none."""
+    assert isinstance(files, StoredFiles)
+    keys = [o.key for o in files.store.listing("checkpoints")]
+    return max((int(Path(key).stem) for key in keys if key.endswith(".safetensors")), default=0)
 
 
 def test_two_runs_at_one_url_can_not_mix_their_checkpoints() -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -155,16 +156,13 @@ PARITY = {
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory):
     """By architecture: the dataset and what SAELens wrote down of its first steps."""
-    import peers
-
     root = tmp_path_factory.mktemp("parity")
     ds = features.write(features.toy_a(), root / "rows", STEPS * ground_truth.BATCH_SIZE)
-    python = peers.python()
 
     @functools.cache
     def of(name: str):
         path = ground_truth.train_theirs(
-            ds, PARITY[name], ds.n_rows, 0, root / name, python, record=STEPS, norm=_norm(name)
+            ds, PARITY[name], ds.n_rows, 0, root / name, record=STEPS, norm=_norm(name)
         )
         return ds, load_file(path)
 
@@ -223,3 +221,26 @@ def test_standard_runs_freely_for_100_steps_with_saelens_losses(recorded) -> Non
         assert abs(out.loss / float(theirs["losses"][i]) - 1) < 1e-5, i
         learner.apply(out, x_ND)
     assert float(theirs["losses"][-1]) < 0.95 * float(theirs["losses"][0])
+
+
+def test_a_run_that_goes_on_keeps_what_is_finished_and_trains_again_with_other_settings(
+    tmp_path, monkeypatch
+) -> None:
+    ds, contest = features.write(features.toy_a(), tmp_path / "rows", 3000), ground_truth.toy_a()["standard"]
+    trained = []
+    train = ground_truth.train_ours
+
+    def counted(*arguments):
+        trained.append(arguments)
+        return train(*arguments)
+
+    monkeypatch.setattr(ground_truth, "train_ours", counted)
+    for rows in (2048, 2048, 1024):
+        ground_truth.keep_ours(ds, contest, rows, 0, tmp_path / "out")
+    assert [arguments[2] for arguments in trained] == [2048, 1024]
+    job = {"out": str(tmp_path / "theirs"), "lr": 1.0}
+    (tmp_path / "theirs").mkdir()
+    assert not ground_truth.done(tmp_path / "theirs", job)
+    (tmp_path / "theirs" / "done.json").write_text(json.dumps(job))
+    assert ground_truth.done(tmp_path / "theirs", job)
+    assert not ground_truth.done(tmp_path / "theirs", job | {"lr": 2.0})

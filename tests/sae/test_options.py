@@ -195,6 +195,10 @@ def test_a_preset_is_the_published_one_and_options_come_before_it(dataset: objec
     assert cfg["training"]["dead_after_rows"] == 5 * 4096
     assert main([*_train(dataset, tmp_path / "lr", "--site", SITE, "--preset", text, "--lr", "0.5e-4")]) == 0
     assert sae.load(tmp_path / "lr" / "batchtopk-40-4").cfg["lr"] == 0.5e-4
+    series = ["--preset", "gpt2_series:d_sae=32+48,l1_coefficient=2"]
+    assert main([*_train(dataset, tmp_path / "two", "--site", SITE, *series)]) == 0
+    for name, width in (("standard-32-2", 32), ("standard-48-2", 48)):
+        assert sae.load(tmp_path / "two" / name).W_dec.shape[0] == width
 
 
 def test_ways_to_say_what_to_train_exclude_each_other(
@@ -248,6 +252,23 @@ def test_a_run_at_a_url_is_trained_by_command_line(
     assert sae.load(result["path"]).cfg["rows"] == 2000
     assert main([*command, "--seed", "1"]) == 1
     assert "holds a run of other settings" in capsys.readouterr().err
+
+
+def test_a_run_at_a_url_is_evaluated_as_a_local_copy_of_it(
+    dataset: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = "memory://sae-options/evaluated"
+    for out in (url, tmp_path):
+        assert main([*_train(dataset, out, "--site", SITE, "--d-sae", 24, "--k", 3, "--k", 4)]) == 0
+    found = []
+    capsys.readouterr()
+    for path in (url, str(tmp_path), f"{url}/topk-24-4"):
+        assert main(["eval", path, "--no-model", "--rows", "256", "--json"]) == 0
+        found.append([(r["l0"], r["fvu"]) for r in json.loads(capsys.readouterr().out)])
+    assert found[0] == found[1]
+    assert found[2] == found[0][1:]
+    assert main(["eval", "memory://sae-options/nothing", "--no-model"]) != 0
+    assert "memory://sae-options/nothing holds no finished SAE" in capsys.readouterr().err
 
 
 def test_a_wrong_site_is_one_line_that_names_those_there_are(

@@ -1,5 +1,6 @@
 """The training loop: what it promises about data, scale, metrics and errors."""
 
+import importlib.metadata
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -413,6 +414,15 @@ def test_a_harvested_dataset_trains_by_command_line_and_resumes_to_the_bit(
         assert cli.cfg["dataset"] == {"url": ds.url, "id": ds.id}
         assert cli.cfg["context_size"] == 16
         assert cli.cfg["model"] == ds.spec.model
+
+
+def test_a_checkout_that_is_not_installed_trains_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_installed(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", not_installed)
+    (s,) = sae.train(_stream(), TOPK, sae.Training(n_rows=250))
+    assert s.cfg["actcache_version"] is None
 
 
 def test_functions_are_not_hidden_by_the_modules_of_their_names() -> None:
