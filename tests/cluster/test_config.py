@@ -64,7 +64,7 @@ def test_python_and_actcache_run_with_the_named_interpreter_and_no_shell(command
     ("text", "message"),
     [
         (MINIMAL + "num_gpu = 1", "no field is called 'num_gpu'; did you mean 'num_gpus'?"),
-        (MINIMAL + "zzz = 1", "no field is called 'zzz'; it can be name, command, python"),
+        (MINIMAL + "zzz = 1", "no field is called 'zzz'; it can be name, command, steps"),
         ('name = "acts"', "command is missing"),
         ('name = "acts"\ncommand = []', "command is empty"),
         ('name = "acts"\ncommand = "actcache harvest"', "command is a str; it must be a list of strings"),

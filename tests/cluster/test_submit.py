@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.attempts import ClusterError
 from cluster.config import Run
-from cluster.submit import ClusterError, attempts, connect, submit
+from cluster.ray_jobs import RayJobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 ROOT = Path(__file__).parents[2]
@@ -171,14 +172,14 @@ def test_a_running_run_is_not_submitted_twice_and_stop_lets_it_finish_its_work(c
 
 def test_two_submitters_at_once_make_one_attempt(cluster, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    client = connect(cluster["RAY_API_SERVER_ADDRESS"])
+    jobs = RayJobs(cluster["RAY_API_SERVER_ADDRESS"])
     run = Run(name="race", command=("python", "-c", "import time; time.sleep(3)"), python=sys.executable)
     results, barrier = [], threading.Barrier(2)
 
     def one():
         barrier.wait()
         try:
-            results.append(submit(client, run)[0].id)
+            results.append(jobs.submit(run)[0].id)
         except ClusterError as err:
             results.append(str(err))
 
@@ -189,7 +190,7 @@ def test_two_submitters_at_once_make_one_attempt(cluster, monkeypatch):
         thread.join()
     assert sorted(results, key=len)[0] == "race-1"
     assert "already exists" in max(results, key=len) or "race-1 is" in max(results, key=len)
-    assert [a.id for a in attempts(client, "race")] == ["race-1"]
+    assert [a.id for a in jobs.attempts("race")] == ["race-1"]
 
 
 def test_a_harvest_runs_on_the_cluster(cluster, tmp_path):
