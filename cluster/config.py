@@ -318,7 +318,7 @@ def _check_steps(run: Run) -> None:
     names = [step.name for step in run.steps]
     commands = [(f"steps[{i}].", step.command) for i, step in enumerate(run.steps)] or [("", run.command)]
     for i, step in enumerate(run.steps):
-        if not _NAME.fullmatch(step.name) or names.count(step.name) > 1:
+        if not _NAME.fullmatch(step.name) or step.name in names[:i]:
             raise ConfigError(f"steps[{i}].name must be one of a kind, of a-z, 0-9 and '-'")
         if not step.command or not step.command[0]:
             raise ConfigError(f"steps[{i}].command is empty; it must be a list of arguments")

@@ -69,7 +69,7 @@ work=
 stopped=
 trap 'stopped=1; [ -n "$work" ] && kill -TERM "$work"' TERM
 srun --nodes={workers.count} --ntasks={workers.count} ray symmetric-run --address "$head:6379" \\
-    --min-nodes {workers.count}{gpus} -- {run.entrypoint} &
+    --min-nodes {workers.count}{gpus} -- env RAY_ADDRESS="$head:6379" {run.entrypoint} &
 work=$!
 wait "$work"
 code=$?

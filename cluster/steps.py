@@ -99,10 +99,12 @@ class Here:
             )
         if n_gpus > len(self._gpus) or step["num_cpus"] > self._cpus:
             return None
-        gpus = [self._gpus.pop(0) for _ in range(n_gpus)]
+        gpus = self._gpus[:n_gpus]
+        process = Process(step["command"], {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
+        del self._gpus[:n_gpus]
         self._cpus -= step["num_cpus"]
         self._held[step["name"]] = (step["num_cpus"], gpus)
-        return Process(step["command"], {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
+        return process
 
     def release(self, name: str) -> None:
         cpus, gpus = self._held.pop(name)
@@ -220,10 +222,14 @@ class Runner:
         """0 if all went well, the step's own code if there is one step, else 1; 143 after SIGTERM."""
         signal.signal(signal.SIGTERM, self._stop)
         code = 0
+        told = False
         while self._running or (not self._stopping and self._startable()):
-            if not self._stopping:
-                for name in self._startable():
-                    self._start(name)
+            if self._stopping and not told:
+                told = True
+                for running in self._running.values():
+                    running.terminate()
+            for name in () if self._stopping else self._startable():
+                self._start(name)
             for name in list(self._running):
                 code = self._look_after(name) or code
             time.sleep(POLL_S)
@@ -238,10 +244,7 @@ class Runner:
         return 1 if self._many else code or 1
 
     def _stop(self, *_: object) -> None:
-        if not self._stopping:
-            self._stopping = True
-            for running in self._running.values():
-                running.terminate()
+        self._stopping = True  # the loop tells the steps: Ray's calls are not for signal handlers
 
     def _startable(self) -> list[str]:
         known = self._done | set(self._failed) | set(self._running)
@@ -273,8 +276,6 @@ class Runner:
         self._record(name, "running")
         if self._many:
             self._say(f"{name}: started")
-        if self._stopping:  # the signal came meanwhile
-            running.terminate()
 
     def _url(self, harvest: str) -> str:
         """Where the dataset of a harvest step is; `actcache` knows."""

@@ -118,7 +118,14 @@ def test_a_pipeline_goes_to_one_process_with_places_filled_in_and_other_braces_k
     told = json.loads(words[3])
     assert (told["name"], told["root"]) == ("sweep", root)
     harvest, train = told["steps"]
-    assert harvest["command"][1:] == ["-m", "actcache", "harvest", "--root", root, "--workers", "3"] + [
+    assert harvest["command"][1:] == [
+        "-m",
+        "actcache",
+        "harvest",
+        "--root",
+        root,
+        "--workers",
+        "3",
         "--site",
         "blocks.{4,8}.hook_resid_post",
     ]
