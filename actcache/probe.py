@@ -114,10 +114,10 @@ def _put_again(store: Store, key: str) -> str:
 
 
 def _read_range(store: Store, key: str) -> str:
-    part = bytes(store.read(key, 3, 6))
-    if part != b"345":
-        raise _Unmet(f"bytes 3..6 read as {part!r}, not b'345'")
-    return "3 of 10 bytes"
+    whole, part = bytes(store.read(key)), bytes(store.read(key, 3, 6))
+    if part != whole[3:6]:
+        raise _Unmet(f"bytes 3 to 6 of {whole!r} came as {part!r}")
+    return f"3 of {len(whole)} bytes"
 
 
 def _clock(store: Store, key: str, begun: float) -> str:

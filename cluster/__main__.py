@@ -258,6 +258,8 @@ def _line(attempt: Attempt) -> str:
         started = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(attempt.started_s))
         seconds = f"{(attempt.ended_s or time.time()) - attempt.started_s:.0f} s"
     words = attempt.entrypoint if len(attempt.entrypoint) <= 160 else f"{attempt.entrypoint[:156]} ..."
+    if "cluster.steps" in attempt.entrypoint:
+        words = "steps " + ", ".join(step["name"] for step in _run_of(attempt)["steps"])
     return f"{attempt.id:24} {attempt.status:9} {started} {seconds:>8}  {words}"
 
 

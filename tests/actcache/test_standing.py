@@ -116,6 +116,7 @@ def test_a_check_that_fails_says_what_helps(tmp_path, check, options):
     assert done.stderr == "error: 1 of 7 checks failed: GPUs\n"
 
 
+@pytest.mark.slow
 def test_a_store_that_ignores_conditions_is_found(signed_s3):
     """rclone overwrites whatever If-None-Match says."""
     failed = [c["check"] for c in run_checks("s3://bucket/checked", storage_options=signed_s3) if not c["ok"]]

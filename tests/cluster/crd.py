@@ -13,7 +13,7 @@ def schema(kind: str) -> dict[str, Any] | None:
     for folder in FOLDERS:
         path = folder / f"ray.io_{kind}.yaml"
         if path.exists():
-            versions = yaml.safe_load(path.read_text())["spec"]["versions"]
+            versions = yaml.load(path.read_text(), yaml.CSafeLoader)["spec"]["versions"]
             found = next(v["schema"]["openAPIV3Schema"] for v in versions if v["name"] == "v1")
             return _strict(found)
     return None

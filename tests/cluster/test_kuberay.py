@@ -164,6 +164,15 @@ class _Handler(BaseHTTPRequestHandler):
                 "resources": [rayjobs],
             },
         }
+        validation = {"name": "fieldValidation", "in": "query", "schema": {"type": "string"}}
+        kind = {"group": "ray.io", "version": "v1", "kind": "RayJob"}
+        patch = {"parameters": [validation], "x-kubernetes-group-version-kind": kind, "responses": {}}
+        paths = {"/apis/ray.io/v1/namespaces/{namespace}/rayjobs/{name}": {"patch": patch}}
+        info = {"title": "stand-in", "version": "1"}
+        fixed["/openapi/v3"] = {
+            "paths": {"apis/ray.io/v1": {"serverRelativeURL": "/openapi/v3/apis/ray.io/v1"}}
+        }
+        fixed["/openapi/v3/apis/ray.io/v1"] = {"openapi": "3.0.0", "info": info, "paths": paths}
         if url.path in fixed:
             return self._send(200, fixed[url.path])
         parts = url.path.split("/")

@@ -222,7 +222,7 @@ command = ["python", "-m", "sae", "train", "--data", "{data:harvest}", "--arch",
 [[steps]]
 name = "eval"
 needs = ["train-topk", "train-batchtopk"]
-command = ["python", "-m", "sae", "eval", "{root}/topk", "{root}/batchtopk", "--sequences", "16"]
+command = ["python", "-m", "sae", "eval", "{root}/topk", "{root}/batchtopk", "--sequences", "16", "--split", "test"]
 [[steps]]
 name = "report-topk"
 needs = ["eval"]
