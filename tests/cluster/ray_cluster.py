@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -37,8 +38,8 @@ def pids_naming(text):
 class RayCluster:
     """`environment` is a submitter's; ports, session directory and HOME are the cluster's own."""
 
-    def __init__(self, head_cpus=4):
-        self._head_cpus = head_cpus
+    def __init__(self, head_cpus=4, token=None):
+        self._head_cpus, self._token = head_cpus, token
         self._directory = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets have short paths
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         self.environment |= {"RAY_AUTH_MODE": "disabled", "HOME": self._directory}
@@ -53,15 +54,22 @@ class RayCluster:
         return self
 
     def __exit__(self, *exc):
-        for name in list(self._nodes):
-            self._nodes.pop(name).terminate()
+        for process in self._nodes.values():
+            process.terminate()
         deadline = time.monotonic() + 40
         while pids := pids_naming(self._directory):
             if time.monotonic() > deadline:
                 for pid in pids:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.2)
+        for process in self._nodes.values():
+            process.wait(timeout=30)
         shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _node_environment(self):
+        return self.environment | (
+            {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token} if self._token else {}
+        )
 
     def start_head(self):
         """A head with job server; after `kill_head`, a new one at the same address that knows nothing."""
@@ -97,7 +105,7 @@ class RayCluster:
         with open(directory / "out", "w") as out:
             self._nodes[name] = subprocess.Popen(
                 [*_RAY, *options, *shared],
-                env=self.environment,
+                env=self._node_environment(),
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -121,6 +129,10 @@ class RayCluster:
         while True:
             try:
                 return urllib.request.urlopen(url, timeout=5).read()
+            except urllib.error.HTTPError as err:
+                if err.code == 401 and self._token:
+                    return None
+                time.sleep(0.5)
             except OSError:
                 assert self._nodes[name].poll() is None, out.read_text()
                 assert time.monotonic() < deadline, out.read_text()

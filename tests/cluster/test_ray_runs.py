@@ -200,6 +200,21 @@ def test_preflight_tries_every_node_and_names_what_is_missing(cluster, tmp_path)
     assert "FAIL cluster: GPUs: 0 of 1 wanted\n     fix: start more GPU nodes" in failed.stdout
 
 
+def test_a_cluster_with_tokens_gets_ours_and_who_has_none_is_told(tmp_path):
+    token = "0123456789abcdef" * 4
+    with RayCluster(token=token) as cluster:
+        environment = {k: v for k, v in cluster.environment.items() if k != "RAY_AUTH_MODE"}
+        refused = cli(environment, "list")
+        assert refused.returncode == 1
+        assert refused.stderr.startswith("error: the cluster wants its token: set RAY_AUTH_TOKEN")
+        (tmp_path / "token").write_text(token + "\n")
+        environment["RAY_AUTH_TOKEN_PATH"] = str(tmp_path / "token")
+        path = write_run(tmp_path, "known", str(tmp_path), "python", "-c", "print('hello')")
+        done = cli(environment, "submit", path, "--follow")
+        assert done.stdout.endswith("hello\nknown-1 SUCCEEDED\n"), done.stdout + done.stderr
+        assert token not in done.stdout + done.stderr
+
+
 SWEEP = """
 name = "sweep"
 root = "ROOT"
