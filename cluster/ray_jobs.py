@@ -150,10 +150,12 @@ def _connect(address: str | None) -> Any:
         from ray.job_submission import JobSubmissionClient
     except ImportError as err:
         raise ClusterError("Ray is not installed here; pip install 'ray[default]'") from err
+    from ray.exceptions import RayError
+
     with _one_kind_of_error():
         try:
             return JobSubmissionClient(address)
-        except RuntimeError as err:
+        except (RayError, RuntimeError) as err:
             token = _token()
             if type(err).__name__ != "AuthenticationError" or token is None:
                 raise
