@@ -16,7 +16,7 @@ from ray_cluster import RayCluster, pids_naming
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 ROOT = Path(__file__).parents[2]
-HARVEST = ["actcache", "harvest", "--root", "{root}", "--max-tokens", "900000", "--context-size", "32"]
+HARVEST = ["actcache", "harvest", "--root", "{root}", "--max-tokens", "500000", "--context-size", "32"]
 HARVEST += ["--block-rows", "4096", "--engine", "ray"]
 
 
@@ -86,7 +86,7 @@ def verified(environment, url):
 
 def test_a_harvest_to_s3_is_stopped_killed_and_resumed_while_nodes_come_and_go(cluster, s3, tmp_path):
     environment = on_s3(cluster, s3)
-    command = [*HARVEST, "--tokens", "600000", "--workers", "3"]
+    command = [*HARVEST, "--tokens", "300000", "--workers", "3"]
     path = write_run(tmp_path, "s3run", "s3://bucket/s3run", *command, env=ENV)
     lost = cluster.add_node()
     assert cli(environment, "submit", path).returncode == 0
@@ -125,7 +125,7 @@ def test_a_harvest_to_s3_is_stopped_killed_and_resumed_while_nodes_come_and_go(c
 
 def test_a_dead_head_leaves_what_was_stored_and_a_new_one_finishes_the_run(cluster, tmp_path):
     environment = cluster.environment
-    command = [*HARVEST, "--tokens", "600000", "--workers", "2"]
+    command = [*HARVEST, "--tokens", "300000", "--workers", "2"]
     path = write_run(tmp_path, "headless", str(tmp_path / "acts"), *command)
     assert cli(environment, "submit", path).returncode == 0
     wait_for_blocks(environment, path, 3)
