@@ -180,7 +180,7 @@ class KubeRayJobs(Backend):
         return self.wait(attempt, 60)
 
     def stop(self, attempt: Attempt) -> Attempt:
-        """`ray job stop` in the head's pod, which waits for the drain; without a cluster the RayJob is suspended."""
+        """`ray job stop` in the head's pod, which waits for the drain; a RayJob that waits is deleted."""
         if attempt.status == "PENDING":
             kubectl("delete", "rayjob", attempt.id, *self._where(), "--wait=false")
             return Attempt(**{**vars(attempt), "status": "STOPPED", "message": "deleted before it ran"})

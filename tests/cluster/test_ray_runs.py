@@ -152,7 +152,7 @@ def test_two_runs_at_once_both_go_forward(cluster, tmp_path):
             str(tmp_path / name),
             *HARVEST,
             "--tokens",
-            "600000",
+            "300000",
             "--workers",
             "2",
             "--seed",
