@@ -14,7 +14,7 @@ from typing import Any
 
 from .config import Run
 
-POLL_S = 0.5
+POLL_S = 0.2
 _ID = re.compile(r"(.+)-([1-9]\d*)")
 
 

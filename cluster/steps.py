@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 from .config import DATA_OF
 
-POLL_S = 0.3
+POLL_S = 0.1
 STARTS = 3
 """Times that a step is started whose machine is lost."""
 STOPPED = 143

@@ -86,6 +86,7 @@ def test_of_a_command_that_stores_nothing_known_the_exit_code_decides(
     assert ended(tmp_path, monkeypatch, one_command(code), ray_code).status == status
 
 
+@pytest.mark.slow
 def test_what_is_stored_decides_where_ray_did_not_start(tmp_path, monkeypatch):
     """`ray symmetric-run` exits with 0 although `ray start` failed."""
     run = replace(
