@@ -17,7 +17,14 @@ from ray_cluster import RayCluster, pids_naming
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 ROOT = Path(__file__).parents[2]
 HARVEST = ["actcache", "harvest", "--root", "{root}", "--max-tokens", "500000", "--context-size", "32"]
-HARVEST += ["--block-rows", "4096", "--engine", "ray"]
+HARVEST += [
+    "--block-rows",
+    "4096",
+    "--engine",
+    "ray",
+    "--lm-batch",
+    "1",
+]  # slow enough to be stopped in the middle
 
 
 @pytest.fixture
@@ -86,7 +93,7 @@ def verified(environment, url):
 
 def test_a_harvest_to_s3_is_stopped_killed_and_resumed_while_nodes_come_and_go(cluster, s3, tmp_path):
     environment = on_s3(cluster, s3)
-    command = [*HARVEST, "--tokens", "300000", "--workers", "3"]
+    command = [*HARVEST, "--tokens", "450000", "--workers", "3"]
     path = write_run(tmp_path, "s3run", "s3://bucket/s3run", *command, env=ENV)
     lost = cluster.add_node()
     assert cli(environment, "submit", path).returncode == 0
@@ -97,7 +104,6 @@ def test_a_harvest_to_s3_is_stopped_killed_and_resumed_while_nodes_come_and_go(c
     assert step["blocks_done"] + step["blocks_missing"] == step["blocks_wanted"]
     cluster.kill(lost)
     cluster.add_node()
-    wait_for_blocks(environment, path, step["blocks_done"] + 2)
 
     stopped = cli(environment, "stop", path)
     assert (stopped.returncode, stopped.stdout) == (0, "s3run-1 is STOPPED\n")
