@@ -1,7 +1,6 @@
 """`python -m cluster`: submit, status, logs, stop, list, preflight. Exit codes: 0, 1 failed, 2 usage, 130 interrupted."""
 
 import json
-import logging
 import os
 import shlex
 import sys
@@ -244,7 +243,6 @@ def _run_of(attempt: Attempt | None) -> dict[str, Any]:
 
 
 def _follow(where: Backend, attempt: Attempt) -> None:
-    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # "WebSocket closed"
     ended = where.follow(attempt, lambda text: click.echo(text, nl=False))
     if ended.status != "SUCCEEDED":
         reason = ended.message.partition(", last available logs")[0].strip().splitlines() or [""]

@@ -7,6 +7,7 @@ nodes' own environment (the image, an instance role) is the better place for cre
 
 import asyncio
 import json
+import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -116,6 +117,7 @@ class RayJobs(Backend):
                 write(text)
 
         client = self.client
+        logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # "WebSocket closed"
         with _one_kind_of_error():
             asyncio.run(tail(client.tail_job_logs(attempt.id)))
         return self.wait(attempt, _SETTLE_S)
