@@ -1,4 +1,4 @@
-"""`actcache` on the command line: plan, harvest, ls, info, verify, gc, rm. Heavy imports wait until they are needed."""
+"""`actcache` on the command line: plan, check, harvest, ls, info, verify, gc, rm. Heavy imports wait until they are needed."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def _parse_resources(_: Any, option: click.Parameter, values: tuple[str, ...]) -
 def cli() -> None:
     """Harvest a language model's activations once, stream them anywhere.
 
-    plan says what a harvest would take; harvest makes a dataset, or finds it made; ls, info and verify look at what is there; gc and rm remove.
+    plan says what a harvest would take, check whether this machine can; harvest makes a dataset, or finds it made; ls, info and verify look at what is there; gc and rm remove.
     To train and evaluate SAEs on a dataset: python -m sae --help.
     """
 
@@ -117,7 +117,13 @@ def cli() -> None:
     help="Attention kernel, e.g. flash_attention_2. Default: sdpa where it is right.",
 )
 @click.option("--compile", is_flag=True, help="Run the LM's blocks through torch.compile.")
-@click.option("--json", "as_json", is_flag=True, help="Print the dataset's description as JSON.")
+@click.option("--dry-run", is_flag=True, help="Print the plan of it, as `actcache plan` does, and stop.")
+@click.option(
+    "--progress", is_flag=True, help="Print how much of it is stored already, whoever harvests it, and stop."
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the dataset's description (plan, progress) as JSON."
+)
 @storage_option
 def harvest(
     spec: "Spec",
@@ -133,6 +139,8 @@ def harvest(
     buffer_gib: float,
     attention: str | None,
     compile: bool,
+    dry_run: bool,
+    progress: bool,
     as_json: bool,
     storage_options: dict[str, Any],
 ) -> None:
@@ -149,6 +157,19 @@ def harvest(
           --site 'blocks.{4,8}.hook_resid_post' --tokens 100000000 --root s3://bucket/acts \\
           --workers 8 --device cuda --gpus-per-worker 1
     """
+    if dry_run:
+        _print_plan(
+            spec,
+            root,
+            as_json,
+            workers=workers,
+            gpus_per_worker=gpus_per_worker or 1,
+            storage_options=storage_options,
+        )
+        return
+    if progress:
+        _print_progress(spec, root, as_json, storage_options)
+        return
     from .driver import harvest as run_harvest
 
     engine = engine or ("ray" if workers > 1 else "local")
@@ -219,6 +240,10 @@ def plan(spec: "Spec", root: str | None, as_json: bool, **options: Any) -> None:
           --site 'blocks.{4,8}.hook_resid_post' --tokens 100000000 --lm-dtype bfloat16 \\
           --root s3://bucket/acts --workers 8 --gpu a100 --prices ours.toml
     """
+    _print_plan(spec, root, as_json, **options)
+
+
+def _print_plan(spec: "Spec", root: str | None, as_json: bool, **options: Any) -> None:
     from .planning import plan as make_plan
 
     made = make_plan(spec, root, **options)
@@ -228,6 +253,65 @@ def plan(spec: "Spec", root: str | None, as_json: bool, **options: Any) -> None:
     from .plan_text import print_plan
 
     print_plan(made, _console())
+
+
+def _print_progress(spec: "Spec", root: str, as_json: bool, storage_options: dict[str, Any]) -> None:
+    from .standing import standing, standing_line
+
+    found = standing(spec, root, storage_options)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    click.echo(f"{found['url']}\n{standing_line(found)}")
+    for block in found["quarantined"]:
+        click.echo(f"set aside: {block['split']} block {block['block']}: {block['error']}")
+
+
+@cli.command(context_settings=_SETTINGS)
+@click.argument("root")
+@click.option("--model", metavar="ID", help="Also: is this model in reach, or are its weights here?")
+@click.option("--model-revision", metavar="REV", help="Of the model.")
+@click.option(
+    "--gpus",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="GPUs with free memory that must be here.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per check.")
+@storage_option
+def check(
+    root: str,
+    model: str | None,
+    model_revision: str | None,
+    gpus: int,
+    as_json: bool,
+    storage_options: dict[str, Any],
+) -> None:
+    """Try on this machine what a harvest to ROOT needs, and say what helps where it fails.
+
+    Writes two small objects under ROOT/_checks and removes them. The exit code is 1 if a check fails.
+
+    \b
+    Examples:
+      actcache check data
+      actcache check s3://bucket/acts --model EleutherAI/pythia-160m --gpus 8
+    """
+    from .probe import run_checks
+
+    checks = run_checks(
+        root, model=model, revision=model_revision, gpus=gpus, storage_options=storage_options
+    )
+    for one in checks:
+        if as_json:
+            click.echo(json.dumps(one))
+            continue
+        click.echo(f"{'ok  ' if one['ok'] else 'FAIL'} {one['check']}: {one['found']}")
+        if one["fix"]:
+            click.echo(f"     fix: {one['fix']}")
+    failed = [one["check"] for one in checks if not one["ok"]]
+    if failed:
+        raise click.ClickException(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
 
 
 @cli.command("ls", context_settings=_SETTINGS)

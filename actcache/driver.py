@@ -292,7 +292,7 @@ def harvest_missing(
 ) -> None:
     """Compute and commit what `store` lacks of `resolved`; no engine is made where nothing is missing."""
     source = shown_source(resolved.spec.corpus.source)
-    wanted = _blocks_wanted(resolved, tokens)
+    wanted = blocks_wanted(resolved, tokens)
     state = Committed(store, resolved.identity, source, resolved.widths, wanted)
     missing = state.missing()
     if state.covered():
@@ -306,7 +306,7 @@ def harvest_missing(
         _run(pool, state, tokens, missing, job, start, workers, progress)
 
 
-def _blocks_wanted(resolved: Resolved, tokens: TokenStore) -> dict[str, int]:
+def blocks_wanted(resolved: Resolved, tokens: TokenStore) -> dict[str, int]:
     """Blocks of each split that the Spec asks for and the tokens give."""
     asked = blocks_asked(resolved.spec, resolved.identity["block_rows"])
     return {

@@ -64,7 +64,7 @@ class Lease:
     def _acquire(self) -> None:
         found, since, reminded = self._read(), time.monotonic(), 0.0
         while found is not None:
-            holder = _parsed(found)
+            holder = parse_lease(found)
             now = time.monotonic()
             if now - since > DEAD_AFTER_S or _is_dead(holder):
                 log.info("the harvest by %s has died; going on with it", _named(holder))
@@ -128,7 +128,8 @@ def _is_dead(holder: dict[str, Any]) -> bool:
     return here and _process(holder["pid"]) != theirs
 
 
-def _parsed(data: bytes) -> dict[str, Any]:
+def parse_lease(data: bytes) -> dict[str, Any]:
+    """What a lease object says; empty if it is none."""
     try:
         found = json.loads(data)
     except ValueError:

@@ -1,1 +1,1 @@
-"""Submits runs to a Ray cluster. It sends command lines and imports neither actcache nor sae."""
+"""Runs commands on clusters. It sends command lines and imports neither actcache nor sae."""

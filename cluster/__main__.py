@@ -1,18 +1,18 @@
-"""`python -m cluster`: submit, status, logs, stop, list. Exit codes: 0, 1 failed, 2 usage, 130 interrupted."""
+"""`python -m cluster`: submit, status, logs, stop, list, preflight. Exit codes: 0, 1 failed, 2 usage, 130 interrupted."""
 
 import json
-import logging
 import os
+import shlex
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from . import submit as jobs
-from .config import ConfigError, read_run
+from .attempts import Attempt, Backend, ClusterError, backend
+from .config import BACKENDS, ConfigError, Run, read_run
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -30,8 +30,14 @@ _address_option = click.option(
     metavar="URL",
     callback=_address,
     expose_value=False,
-    help="Job server of the cluster, e.g. http://127.0.0.1:8265. Default: that of RAY_API_SERVER_ADDRESS or "
+    help="Job server of the Ray cluster, e.g. http://127.0.0.1:8265. Default: that of RAY_API_SERVER_ADDRESS or "
     "RAY_ADDRESS, else of a cluster on this machine.",
+)
+_backend_option = click.option(
+    "--backend",
+    "backend_name",
+    type=click.Choice(BACKENDS),
+    help="Where it runs. Default: what RUN.toml says; for a name, where it is known; else ray.",
 )
 _attempt_option = click.option(
     "--attempt", type=int, metavar="N", help="Which attempt of the run. Default: the newest."
@@ -41,10 +47,10 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="JSON, one o
 
 @click.group(context_settings=_SETTINGS)
 def cli() -> None:
-    """Run harvests and training on a Ray cluster.
+    """Run harvests, training and pipelines here, on Ray, KubeRay or Slurm.
 
-    A run is described by a RUN.toml (see deploy/ray/run.toml). RUN below is that file or the run's name.
-    Submit again what failed or was stopped, and it goes on from what it had stored.
+    A run is described by a RUN.toml (docs/cluster.md). RUN below is that file or the run's name. Submit again what
+    failed or was stopped, and it goes on from what it had stored.
 
     \b
     Example:
@@ -54,111 +60,228 @@ def cli() -> None:
 
 @cli.command(context_settings=_SETTINGS)
 @click.argument("run_toml", type=click.Path(path_type=Path))
+@_backend_option
 @_address_option
-@click.option("--dry-run", is_flag=True, help="Print what would be sent, without values of env, and stop.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print what would be sent, and the plan of each harvest, and stop."
+)
 @click.option("--follow", is_flag=True, help="Show the log until the end; exit non-zero if it fails.")
-def submit(run_toml: Path, dry_run: bool, follow: bool) -> None:
+def submit(run_toml: Path, backend_name: str | None, dry_run: bool, follow: bool) -> None:
     """Start a run that is not running and has not succeeded.
 
-    Its jobs are NAME-1, NAME-2, ...: one more whenever a failed, stopped or changed run is submitted.
+    Its attempts are NAME-1, NAME-2, ...: one more whenever a failed, stopped or changed run is submitted.
     """
     run = read_run(run_toml)
+    if backend_name is not None:
+        run = replace(run, backend=backend_name)
+    where = backend(run.backend)
     if dry_run:
-        sent = jobs.request(run, "<attempt>")
-        sent["runtime_env"]["env_vars"] |= dict.fromkeys(run.env, "<from the environment>")
-        click.echo(json.dumps(sent, indent=2))
+        _dry_run(where, run)
         return
-    client = jobs.connect()
-    attempt, new = jobs.submit(client, run)
+    attempt, new = where.submit(run)
     if not new:
         click.echo(f"{attempt.id} has succeeded already; change its command or its name to run it again")
         return
     click.echo(f"submitted {attempt.id}; follow it with: python -m cluster logs -f {run.name}")
     if follow:
-        _follow(client, attempt)
+        _follow(where, attempt)
+
+
+def _dry_run(where: Backend, run: Run) -> None:
+    from .progress import plans
+
+    click.echo(where.request(run, "<attempt>"))
+    for name, text, good in plans(json.loads(run.as_json())):
+        if good:
+            click.echo(f"\nplan of {name}:\n{text}")
+        else:
+            click.echo(f"no plan of {name} from here: {text}", err=True)
 
 
 @cli.command(context_settings=_SETTINGS)
 @click.argument("run")
 @_attempt_option
+@_backend_option
 @_address_option
 @_json_option
-def status(run: str, attempt: int | None, as_json: bool) -> None:
-    """Show the state of RUN, and why it failed."""
-    found = _find(run, attempt)[1]
+def status(run: str, attempt: int | None, backend_name: str | None, as_json: bool) -> None:
+    """Show how far RUN is, by what it has stored.
+
+    Rows, rate and time to go of each step, and what the backend says.
+    With RUN.toml it works when the cluster is gone: what is stored is read from the store.
+    """
+    from .progress import progress
+
+    found, trouble = None, ""
+    try:
+        found = _find(run, attempt, backend_name)[1]
+    except ClusterError as err:
+        if not run.endswith(".toml"):
+            raise
+        trouble = str(err)
+    steps = progress(json.loads(read_run(run).as_json()) if run.endswith(".toml") else _run_of(found))
     if as_json:
-        click.echo(_as_json(found))
+        state = (
+            {"id": found.id, **asdict(found)}
+            if found
+            else {"id": None, "status": "UNKNOWN", "message": trouble}
+        )
+        click.echo(json.dumps(state | {"steps": steps}))
         return
-    click.echo(f"{_line(found)}\n{found.message.strip()}")
+    if found:
+        click.echo(f"{_line(found)}\n{found.message.strip()}")
+    else:
+        click.echo(f"backend: {trouble}")
+    width = max(len(step["step"]) for step in steps)
+    for step in steps:
+        click.echo(f"{step['step']:{width}}  {_step_line(step)}")
+        for block in step.get("quarantined", ()):
+            click.echo(f"{'':{width}}  set aside: {block['split']} block {block['block']}: {block['error']}")
 
 
 @cli.command(context_settings=_SETTINGS)
 @click.argument("run")
 @click.option("-f", "--follow", is_flag=True, help="Go on until the run ends; exit non-zero if it fails.")
 @_attempt_option
+@_backend_option
 @_address_option
-def logs(run: str, follow: bool, attempt: int | None) -> None:
+def logs(run: str, follow: bool, attempt: int | None, backend_name: str | None) -> None:
     """Print what RUN has printed."""
-    client, found = _find(run, attempt)
+    where, found = _find(run, attempt, backend_name)
     if follow:
-        _follow(client, found)
+        _follow(where, found)
     else:
-        click.echo(jobs.logs(client, found), nl=False)
+        click.echo(where.logs(found), nl=False)
 
 
 @cli.command(context_settings=_SETTINGS)
 @click.argument("run")
+@_backend_option
 @_address_option
-def stop(run: str) -> None:
+def stop(run: str, backend_name: str | None) -> None:
     """End RUN and wait until it has ended.
 
-    The command gets SIGTERM and half a minute to finish what it is doing; then it is killed.
+    The command gets SIGTERM and `drain_s` (RUN.toml; 60 s) to commit the blocks in flight; then it is killed.
     """
-    client, found = _find(run, None)
-    ended = found if found.over else jobs.stop(client, found)
+    where, found = _find(run, None, backend_name)
+    ended = found if found.over else where.stop(found)
     click.echo(f"{ended.id} {'was already' if found.over else 'is'} {ended.status}")
 
 
 @cli.command("list", context_settings=_SETTINGS)
+@_backend_option
 @_address_option
 @_json_option
-def list_command(as_json: bool) -> None:
-    """List the attempts of all runs, oldest first."""
-    for found in jobs.attempts(jobs.connect()):
-        click.echo(_as_json(found) if as_json else _line(found))
+def list_command(backend_name: str | None, as_json: bool) -> None:
+    """List the attempts of all runs of a backend, oldest first."""
+    for found in backend(backend_name or "ray").attempts():
+        click.echo(json.dumps({"id": found.id} | asdict(found)) if as_json else _line(found))
 
 
-def _find(run: str, number: int | None) -> tuple[Any, jobs.Attempt]:
-    """The client and the attempt that `run` (a file or a name) and `number` mean."""
-    name = read_run(run).name if run.endswith(".toml") else run
-    client = jobs.connect()
+@cli.command(context_settings=_SETTINGS)
+@click.argument("run_toml", type=click.Path(path_type=Path))
+@_backend_option
+@_address_option
+@_json_option
+def preflight(run_toml: Path, backend_name: str | None, as_json: bool) -> None:
+    """Check what RUN needs: bucket, GPUs, model, versions.
+
+    Each is tried where the run would run, on every node of a Ray cluster; a failure comes with a fix.
+    """
+    from .preflight import preflight as run_preflight
+
+    run = read_run(run_toml)
+    n, failed = 0, []
+    for check in run_preflight(run, backend_name or run.backend):
+        n += 1
+        if not check["ok"]:
+            failed.append(check["check"])
+        if as_json:
+            click.echo(json.dumps(check))
+            continue
+        click.echo(
+            f"{'ok  ' if check['ok'] else 'FAIL'} {check['where']}: {check['check']}: {check['found']}"
+        )
+        if check["fix"]:
+            click.echo(f"     fix: {check['fix']}")
+    if failed:
+        raise ClusterError(f"{len(failed)} of {n} checks failed: {', '.join(failed)}")
+
+
+def _find(run: str, number: int | None, backend_name: str | None) -> tuple[Backend, Attempt]:
+    """The backend and the attempt that `run` (a file or a name) and `number` mean."""
+    name = run
+    namespace = None
+    if run.endswith(".toml"):
+        described = read_run(run)
+        name, namespace = described.name, described.kuberay.namespace
+        backend_name = backend_name or described.backend
+    if backend_name is None:
+        known = (other for other in ("local", "slurm") if backend(other).attempts(name))
+        backend_name = next(known, "ray")
+    where = backend(backend_name, namespace=namespace)
     if number is None:
-        return client, jobs.newest(client, name)
-    for found in jobs.attempts(client, name):
+        return where, where.newest(name)
+    for found in where.attempts(name):
         if found.number == number:
-            return client, found
-    raise jobs.ClusterError(f"this cluster knows no {name}-{number}; see `python -m cluster list`")
+            return where, found
+    raise ClusterError(f"this cluster knows no {name}-{number}; see `python -m cluster list`")
 
 
-def _follow(client: Any, attempt: jobs.Attempt) -> None:
-    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # "WebSocket closed"
-    ended = jobs.follow(client, attempt, lambda text: click.echo(text, nl=False))
+def _run_of(attempt: Attempt | None) -> dict[str, Any]:
+    """What an attempt runs, as `Run.as_json` gives it, from its command line."""
+    assert attempt is not None
+    words = shlex.split(attempt.entrypoint)
+    if words[1:3] == ["-m", "cluster.steps"]:
+        found: dict[str, Any] = json.loads(words[3])
+        return found
+    return {
+        "name": attempt.run,
+        "root": None,
+        "steps": [{"name": attempt.run, "command": words, "needs": []}],
+    }
+
+
+def _follow(where: Backend, attempt: Attempt) -> None:
+    ended = where.follow(attempt, lambda text: click.echo(text, nl=False))
     if ended.status != "SUCCEEDED":
         reason = ended.message.partition(", last available logs")[0].strip().splitlines() or [""]
-        raise jobs.ClusterError(f"{ended.id} {ended.status}: {reason[0]}")
+        raise ClusterError(f"{ended.id} {ended.status}: {reason[0]}")
     click.echo(f"{ended.id} SUCCEEDED")
 
 
-def _line(attempt: jobs.Attempt) -> str:
+def _line(attempt: Attempt) -> str:
     started, seconds = "not started", ""
     if attempt.started_s:
         started = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(attempt.started_s))
         seconds = f"{(attempt.ended_s or time.time()) - attempt.started_s:.0f} s"
-    return f"{attempt.id:24} {attempt.status:9} {started} {seconds:>8}  {attempt.entrypoint}"
+    words = attempt.entrypoint if len(attempt.entrypoint) <= 160 else f"{attempt.entrypoint[:156]} ..."
+    if "cluster.steps" in attempt.entrypoint:
+        words = "steps " + ", ".join(step["name"] for step in _run_of(attempt)["steps"])
+    return f"{attempt.id:24} {attempt.status:9} {started} {seconds:>8}  {words}"
 
 
-def _as_json(attempt: jobs.Attempt) -> str:
-    return json.dumps({"id": attempt.id} | asdict(attempt))
+def _step_line(step: dict[str, Any]) -> str:
+    parts = [f"{step['state']:8}"]
+    if step.get("rows_done") is not None:
+        share = step["rows_done"] / step["rows_wanted"] if step["rows_wanted"] else 1.0
+        parts.append(f"{share:4.0%} of {step['rows_wanted']:,} rows")
+    if step.get("blocks_wanted") is not None:
+        parts.append(
+            f"blocks {step['blocks_done']}/{step['blocks_wanted']}, {step['blocks_missing']} missing"
+        )
+        if step["quarantined"]:
+            parts.append(f"{len(step['quarantined'])} set aside")
+    if step["state"] == "partial" and step.get("rate_rows_per_s"):
+        left = round(step["eta_s"])
+        parts.append(
+            f"{step['rate_rows_per_s']:,.0f} rows/s, {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} to go"
+        )
+    if step.get("url"):
+        parts.append(step["url"])
+    if step.get("error"):
+        parts.append(step["error"])
+    return "  ".join(parts)
 
 
 def main() -> int:
@@ -171,7 +294,7 @@ def main() -> int:
         return _fail("interrupted; a submitted run goes on", 130)
     except ConfigError as err:
         return _fail(str(err), 2)
-    except jobs.ClusterError as err:
+    except ClusterError as err:
         return _fail(str(err), 1)
     return 0
 

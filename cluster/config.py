@@ -5,11 +5,12 @@ never touches the cluster; an error names the field, never the value, which may 
 """
 
 import difflib
+import json
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,107 @@ _SECRET = re.compile(
 _SECRET_FLAG = re.compile(rf"(?i)--?(?:[\w-]*[_-])?{_SECRET_WORD}")
 
 
+BACKENDS = ("local", "ray", "kuberay", "slurm")
+_PLACE = re.compile(
+    r"\{(root|workers|cpus|gpus)\}"
+)  # other braces are a site's: blocks.{4,8}.hook_resid_post
+DATA_OF = re.compile(r"\{data:([a-z0-9-]+)\}")
+"""In a step's command: the URL of the dataset that another step, `actcache harvest`, makes."""
+_WANTED: dict[Any, str] = {
+    str: "a string",
+    str | None: "a string",
+    float: "a number",
+    int: "a whole number",
+    bool: "true or false",
+    tuple[str, ...]: "a list of strings",
+}
+_AT_LEAST_ONE = {("workers.", "count"), ("workers.", "cpus"), ("workers.", "memory_gib"), ("", "drain_s")}
+
+
 class ConfigError(ValueError):
     """RUN.toml cannot be used as written; the message says which field and what it must be."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """One command to run on a cluster, and what it needs there."""
+class Step:
+    """One command of a pipeline."""
 
     name: str
-    """Names the run on the cluster; its attempts are NAME-1, NAME-2, ..."""
+    """Names the step in logs, in `needs` and in {data:NAME}."""
     command: tuple[str, ...]
+    """Arguments as a list, no shell."""
+    needs: tuple[str, ...] = ()
+    """Steps that must have succeeded before."""
+    num_cpus: float = 1
+    """CPUs that the step reserves; 0 for `actcache harvest` with Ray, whose actors reserve their own."""
+    num_gpus: float = 0
+    """GPUs that the step reserves, e.g. 1 for `sae train` and `sae eval`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """The machines' share that one worker gets; in a command: {workers}, {cpus}, {gpus}."""
+
+    count: int = 1
+    """Workers: harvest's actors, pods of a KubeRay cluster, nodes of a Slurm allocation."""
+    cpus: int = 4
+    """CPUs of each."""
+    gpus: int = 0
+    """GPUs of each."""
+    memory_gib: int = 16
+    """Memory of each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KubeRay:
+    """What only a RayJob needs."""
+
+    namespace: str = "default"
+    """Where the RayJob is created."""
+    service_account: str | None = None
+    """Service account of the pods, for access to the bucket (IRSA, workload identity)."""
+    secret: str | None = None
+    """Kubernetes secret whose keys are the names in `env`."""
+    queue: str | None = None
+    """Kueue's local queue."""
+    retries: int = 3
+    """New clusters that KubeRay tries after a failure; each goes on from what is stored."""
+    spot: bool = False
+    """Let workers run on nodes with the taint `spot`."""
+    token_auth: bool = True
+    """Ray's token authentication, by a token that KubeRay makes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slurm:
+    """What only an sbatch script needs."""
+
+    partition: str | None = None
+    """Partition; None: the default one."""
+    account: str | None = None
+    """Account that is charged."""
+    time: str = "24:00:00"
+    """Time limit, as sbatch reads it."""
+    setup: str | None = None
+    """One shell line before anything else, e.g. `source /shared/venv/bin/activate`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One command, or a pipeline of them, and what it needs where it runs."""
+
+    name: str
+    """Names the run; its attempts are NAME-1, NAME-2, ..."""
+    command: tuple[str, ...] = ()
     """Arguments as a list, no shell: ["actcache", ...] or ["python", "-m", "sae", ...]."""
+    steps: tuple[Step, ...] = ()
+    """Or several commands, in order of what they need."""
+    backend: str = "ray"
+    """local, ray, kuberay or slurm."""
+    root: str | None = None
+    """Where results are stored, a directory or URL; {root} in a command. A pipeline keeps its steps' records there."""
+    image: str | None = None
+    """Container image with ray, actcache and sae, for kuberay."""
     python: str = "python"
     """What `python` and `actcache` in the command run with there; it must have ray, actcache and sae."""
     num_cpus: float = 0
@@ -51,34 +141,82 @@ class Run:
     num_gpus: float = 0
     """GPUs that the command itself reserves, e.g. 1 for `sae train`; harvest's actors reserve their own."""
     env: tuple[str, ...] = ()
-    """Names of environment variables to pass on; the values come from whoever submits."""
+    """Names of environment variables to pass on; the values come from whoever submits, or from kuberay.secret."""
     working_dir: str | None = None
     """Directory of code to upload and run in; None: the code of the cluster's image."""
+    drain_s: int = 60
+    """Seconds that a stopped run has to finish the blocks in flight before it is killed."""
+    workers: Workers = Workers()
+    """Resources per worker."""
+    kuberay: KubeRay = KubeRay()
+    """For the backend kuberay."""
+    slurm: Slurm = Slurm()
+    """For the backend slurm."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        for of, place in self._tables():
+            _check_types(of, place)
         if not _NAME.fullmatch(self.name):
             raise ConfigError("name must be at most 40 of a-z, 0-9 and '-', without '-' at the ends")
-        if not self.command or not self.command[0]:
+        if not self.steps and (not self.command or not self.command[0]):
             raise ConfigError('command is empty; it must be a list, e.g. ["actcache", "harvest", ...]')
+        if self.steps and self.command:
+            raise ConfigError("command and [[steps]] each say what to run; keep one of them")
+        if self.backend not in BACKENDS:
+            raise ConfigError(f"backend is not one of {', '.join(BACKENDS)}")
         for i, name in enumerate(self.env):
             if not _ENV_NAME.fullmatch(name):
                 raise ConfigError(f"env[{i}] is not a variable's name; list names only, never NAME=value")
-        for field in ("num_cpus", "num_gpus"):
-            if not 0 <= getattr(self, field) < float("inf"):
-                raise ConfigError(f"{field} is {getattr(self, field)}; it must be 0 or more")
-        refuse_secrets({f.name: getattr(self, f.name) for f in fields(self)})
+        for of, place in self._tables():
+            for f in fields(of):
+                value = getattr(of, f.name)
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    least = 1 if (place, f.name) in _AT_LEAST_ONE else 0
+                    if not least <= value < float("inf"):
+                        raise ConfigError(f"{place}{f.name} is {value}; it must be {least} or more")
+        _check_steps(self)
+        refuse_secrets({f.name: getattr(self, f.name) for f in fields(self) if f.name != "steps"})
+        for of, place in self._tables()[1:]:
+            refuse_secrets({place + f.name: getattr(of, f.name) for f in fields(of)})
+
+    def _tables(self) -> list[tuple[Any, str]]:
+        """Every dataclass in it, and what its fields are called in messages."""
+        own = [(self, ""), (self.workers, "workers."), (self.kuberay, "kuberay."), (self.slurm, "slurm.")]
+        return own + [(step, f"steps[{i}].") for i, step in enumerate(self.steps)]
+
+    def filled(self, command: Sequence[str]) -> list[str]:
+        """A command with {root}, {workers}, {cpus} and {gpus} filled in; {data:STEP} stays."""
+        values = {"root": self.root or "", "workers": self.workers.count}
+        values |= {"cpus": self.workers.cpus, "gpus": self.workers.gpus}
+        return [_PLACE.sub(lambda m: str(values[m[1]]), word) for word in command]
+
+    def program(self, command: Sequence[str]) -> list[str]:
+        """A command's arguments, `python` and `actcache` by the run's own interpreter."""
+        program, *arguments = self.filled(command)
+        known = {"python": [self.python], "actcache": [self.python, "-m", "actcache"]}
+        return [*known.get(program, [program]), *arguments]
 
     @property
     def entrypoint(self) -> str:
-        """The shell command that Ray runs: `python` and `actcache` by the run's own interpreter."""
-        program, *arguments = self.command
-        known = {"python": [self.python], "actcache": [self.python, "-m", "actcache"]}
-        return shlex.join([*known.get(program, [program]), *arguments])
+        """The shell command that the backend runs: the command itself, or the one that runs the steps."""
+        if not self.steps:
+            return shlex.join(self.program(self.command))
+        return shlex.join([self.python, "-m", "cluster.steps", self.as_json()])
+
+    def as_json(self) -> str:
+        """What `cluster.steps` is told: name, root and the steps as they are run."""
+        steps = [asdict(step) | {"command": self.program(step.command)} for step in self.all_steps]
+        return json.dumps({"name": self.name, "root": self.root, "steps": steps})
+
+    @property
+    def all_steps(self) -> tuple[Step, ...]:
+        """Its steps; a single command is one."""
+        one = Step(name=self.name, command=self.command, num_cpus=self.num_cpus, num_gpus=self.num_gpus)
+        return self.steps or (one,)
 
 
 def read_run(path: str | Path) -> Run:
-    """The run in a TOML file; a relative `working_dir` is taken from the file's own directory.
+    """The run in a TOML file; a relative `working_dir` or `root` is taken from the file's own directory.
 
     Raises:
         ConfigError: the file is missing, is not TOML, or has an unknown, missing or unusable field.
@@ -91,6 +229,8 @@ def read_run(path: str | Path) -> Run:
         raise ConfigError(f"{path} cannot be read: {err.strerror}") from err
     except ValueError as err:  # TOMLDecodeError, UnicodeDecodeError, ConfigError
         raise ConfigError(f"{path}: {err}") from err
+    if run.root is not None and "://" not in run.root:
+        run = replace(run, root=str((path.parent / Path(run.root).expanduser()).resolve()))
     if run.working_dir is None:
         return run
     directory = (path.parent / run.working_dir).resolve()
@@ -124,29 +264,77 @@ def _strings(values: Any, place: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _from_values(values: dict[str, Any]) -> Run:
-    known = [f.name for f in fields(Run)]
+    tables = {"workers": Workers, "kuberay": KubeRay, "slurm": Slurm}
+    for key, kind in tables.items():
+        if key in values:
+            values[key] = _table(kind, values[key], f"{key}.")
+    if "steps" in values:
+        if not isinstance(values["steps"], list):
+            raise ConfigError("steps must be tables: [[steps]]")
+        values["steps"] = [_table(Step, step, f"steps[{i}].") for i, step in enumerate(values["steps"])]
+    run: Run = _table(Run, values, "")
+    return run
+
+
+def _table(kind: Any, values: Any, place: str) -> Any:
+    """A dataclass from a TOML table; `place` is what its fields are called in messages."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{place.rstrip('.')} is a {type(values).__name__}; it must be a table")
+    known = [f.name for f in fields(kind)]
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it can be {', '.join(known)}"
-            raise ConfigError(f"no field is called {key!r}; {hint}")
-    for key in ("name", "command"):
+            raise ConfigError(f"no field is called {place + key!r}; {hint}")
+    required = [f.name for f in fields(kind) if f.default is MISSING]
+    if kind is Run and "steps" not in values:
+        required.append("command")
+    for key in required:
         if key not in values:
-            raise ConfigError(f"{key} is missing")
-    fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return Run(**fixed)
+            raise ConfigError(f"{place}{key} is missing")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def _check_types(run: Run) -> None:
-    wanted = dict.fromkeys(("command", "env"), "a list of strings")
-    wanted |= dict.fromkeys(("num_cpus", "num_gpus"), "a number")
-    for f in fields(run):
-        value, want = getattr(run, f.name), wanted.get(f.name, "a string")
+def _check_types(of: Any, place: str) -> None:
+    for f in fields(of):
+        value, want = getattr(of, f.name), _WANTED.get(f.type)
         if want == "a list of strings":
             good = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
         elif want == "a number":
             good = isinstance(value, int | float) and not isinstance(value, bool)
-        else:
+        elif want == "a whole number":
+            good = isinstance(value, int) and not isinstance(value, bool)
+        elif want == "true or false":
+            good = isinstance(value, bool)
+        elif want == "a string":
             good = isinstance(value, str) or (value is None and f.default is None)
+        else:
+            continue  # tables: `_table` made them
         if not good:
-            raise ConfigError(f"{f.name} is a {type(value).__name__}; it must be {want}")
+            raise ConfigError(f"{place}{f.name} is a {type(value).__name__}; it must be {want}")
+
+
+def _check_steps(run: Run) -> None:
+    names = [step.name for step in run.steps]
+    commands = [(f"steps[{i}].", step.command) for i, step in enumerate(run.steps)] or [("", run.command)]
+    for i, step in enumerate(run.steps):
+        if not _NAME.fullmatch(step.name) or step.name in names[:i]:
+            raise ConfigError(f"steps[{i}].name must be one of a kind, of a-z, 0-9 and '-'")
+        if not step.command or not step.command[0]:
+            raise ConfigError(f"steps[{i}].command is empty; it must be a list of arguments")
+        for need in step.needs:
+            if need not in names[:i]:
+                raise ConfigError(
+                    f"steps[{i}] needs {need!r}; it can need {', '.join(names[:i]) or 'none'}, the steps before it"
+                )
+        for word in step.command:
+            for wanted in DATA_OF.findall(word):
+                if wanted not in step.needs:
+                    raise ConfigError(f"steps[{i}] reads {{data:{wanted}}}; put {wanted!r} in its needs")
+    if run.steps and run.root is None:
+        raise ConfigError("root is missing: a pipeline keeps its steps' records there")
+    for place, command in commands:
+        if run.root is None and any("{root}" in word for word in command):
+            raise ConfigError(f"{place}command has {{root}}, and root is missing")
+        if not run.steps and any(DATA_OF.search(word) for word in command):
+            raise ConfigError("{data:STEP} is for [[steps]]; give the dataset's URL")

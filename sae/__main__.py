@@ -1,4 +1,4 @@
-"""`python -m sae`: train, eval, report, export. Options of `train` come from the config dataclasses.
+"""`python -m sae`: train, progress, eval, report, export. Options of `train` come from the config dataclasses.
 
 Heavy imports happen inside the commands, so `--help` is quick.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from actcache.cli import STORAGE_OPTION, run
+from actcache.cli import STORAGE_OPTION, run, storage_option
 
 if typing.TYPE_CHECKING:
     from .architectures import Architecture
@@ -28,7 +28,7 @@ class Group(click.Group):
     """Commands are imported when they are used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["train", "eval", "report", "export"]
+        return ["train", "progress", "eval", "report", "export"]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name == "train":
@@ -45,6 +45,7 @@ class Group(click.Group):
         """One line each without importing what they need."""
         rows = [
             ("train", "Train SAEs on a cached dataset of activations."),
+            ("progress", "Say how far training has come."),
             ("eval", "Measure trained SAEs on held-out data."),
             ("report", "Make one HTML page of a run or an SAE."),
             ("export", "Write an SAE in another project's format."),
@@ -347,6 +348,35 @@ def _show_results(out: str, names: list[str], storage_options: Mapping[str, Any]
     for r in results:
         table.add_row(r["path"], f"{r['rows']:,}", f"{r['l0']:.1f}", f"{r['fvu']:.4f}", str(r["dead"]))
     Console(highlight=False).print(table)
+
+
+@cli.command("progress")
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per run.")
+@storage_option
+def progress_command(runs: tuple[str, ...], as_json: bool, storage_options: dict[str, Any]) -> None:
+    """Say how far the training in each of RUNS (directories or URLs) has come, by what it has stored.
+
+    \b
+    Example:
+      python -m sae progress runs/x s3://bucket/runs/y
+    """
+    from actcache.progress import format_count, format_duration
+
+    from .files import is_url
+    from .rundir import progress_of
+
+    for run_dir in runs:
+        found = progress_of(run_dir, storage_options if is_url(run_dir) else None)
+        if as_json:
+            click.echo(json.dumps(found))
+            continue
+        parts = [found["path"], found["state"]]
+        if found["rows_done"] is not None:
+            parts.append(f"{format_count(found['rows_done'])}/{format_count(found['rows_wanted'])} rows")
+        if found["rate_rows_per_s"]:
+            parts.append(f"{format_count(found['rate_rows_per_s'])}/s  ETA {format_duration(found['eta_s'])}")
+        click.echo("  ".join(parts))
 
 
 @cli.command("export")

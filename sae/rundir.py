@@ -133,3 +133,36 @@ def last_metrics(
     data = run_files(location, storage_options).read(f"{name}/{METRICS_FILE}") or b""
     found: dict[str, Any] = json.loads(data.splitlines()[-1])
     return found
+
+
+def progress_of(
+    location: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """How far a run has come, as JSON: rows of its stored metrics, not of a process that may be running.
+
+    `state` is `missing`, `partial` or `finished`; the figures are None where no metrics are stored.
+    """
+    files = run_files(location, storage_options)
+    found: dict[str, Any] = {"path": str(location), "state": "missing"}
+    found |= dict.fromkeys(("saes", "rows_done", "rows_wanted", "rate_rows_per_s", "eta_s"))
+    data = files.read(RUN_FILE)
+    if data is None:
+        return found
+    run = parse_json(f"{files.url}/{RUN_FILE}", data)
+    wanted = run["training"]["n_rows"]
+    found |= {"state": "finished" if run.get("finished") else "partial", "rows_wanted": wanted}
+    found["saes"] = len(run["saes"])
+    if run.get("finished"):
+        return found | {"rows_done": wanted, "eta_s": 0.0}
+    first = next(iter(run["saes"]))  # all of a run are at the same row
+    whole, _, _ = (files.read(f"{first}/{METRICS_FILE}") or b"").rpartition(b"\n")
+    if not whole:
+        return found
+    last = json.loads(whole.splitlines()[-1])
+    rate = last["rows_per_s"]
+    left = wanted - last["rows"]
+    return found | {
+        "rows_done": last["rows"],
+        "rate_rows_per_s": rate,
+        "eta_s": round(left / rate, 1) if rate else None,
+    }

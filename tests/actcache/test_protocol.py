@@ -19,7 +19,7 @@ from watched import DictStore, Died, DiesAt
 from actcache.codec import Precision, decode, encode
 from actcache.committed import Committed
 from actcache.corpus import kept_tokens
-from actcache.driver import _blocks_wanted, _claim, _write_metadata
+from actcache.driver import _claim, _write_metadata, blocks_wanted
 from actcache.layout import read_calibration
 from actcache.manifest import BlockRecord, latest_version, read_manifest, record_key
 from actcache.opened import Opened
@@ -96,7 +96,7 @@ class Protocol(RuleBasedStateMachine):
             self.recorded.harvest(self.dying(death), resolved, threads=False)
         except Died:
             return
-        wanted = _blocks_wanted(resolved, self.recorded.tokens)
+        wanted = blocks_wanted(resolved, self.recorded.tokens)
         manifest = read_manifest(self.store)
         for site in resolved.sites:
             for split, n in wanted.items():
@@ -125,7 +125,7 @@ class Protocol(RuleBasedStateMachine):
         """Opens now and commits later, when it may be versions behind."""
         resolved = self.recorded.asking(**extent)
         self.recorded.harvester_on(self.store, resolved).calibrate()
-        wanted = _blocks_wanted(resolved, self.recorded.tokens)
+        wanted = blocks_wanted(resolved, self.recorded.tokens)
         self.stale.append(Committed(self.store, resolved.identity, "s", resolved.widths, wanted))
 
     @precondition(lambda self: self.stale)

@@ -1,13 +1,14 @@
 """A RUN.toml is read as written or refused in one line; no secret is ever repeated."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from cluster.config import ConfigError, Run, read_run
+from cluster.config import ConfigError, KubeRay, Run, Slurm, Workers, read_run
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = 'name = "acts"\ncommand = ["actcache", "harvest"]\n'
@@ -30,13 +31,42 @@ def cli(*arguments, **environment):
 
 def test_the_example_is_a_usable_run():
     run = read_run(ROOT / "deploy/ray/run.toml")
-    assert run.entrypoint.startswith("python -m actcache harvest --root s3://")
-    assert run.env == ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    assert run.entrypoint.startswith(f"python -m actcache harvest --root {ROOT}/deploy/ray/data --model ")
+    assert "--workers 2" in run.entrypoint
+    assert run.env == ()
 
 
 def test_every_field_is_read(tmp_path):
     (tmp_path / "code").mkdir()
-    extra = 'python = "/opt/bin/python"\nnum_cpus = 0.5\nnum_gpus = 1\nenv = ["A"]\nworking_dir = "code"\n'
+    extra = """
+python = "/opt/bin/python"
+num_cpus = 0.5
+num_gpus = 1
+env = ["A"]
+working_dir = "code"
+backend = "slurm"
+root = "s3://b/p"
+image = "i:1"
+drain_s = 90
+[workers]
+count = 4
+cpus = 8
+gpus = 2
+memory_gib = 32
+[kuberay]
+namespace = "ml"
+service_account = "acts"
+secret = "acts-env"
+queue = "gpus"
+retries = 5
+spot = true
+token_auth = false
+[slurm]
+partition = "gpu"
+account = "us"
+time = "01:00:00"
+setup = "source venv/bin/activate"
+"""
     assert run_of(tmp_path, MINIMAL + extra) == Run(
         name="acts",
         command=("actcache", "harvest"),
@@ -45,7 +75,85 @@ def test_every_field_is_read(tmp_path):
         num_gpus=1,
         env=("A",),
         working_dir=str(tmp_path / "code"),
+        backend="slurm",
+        root="s3://b/p",
+        image="i:1",
+        drain_s=90,
+        workers=Workers(count=4, cpus=8, gpus=2, memory_gib=32),
+        kuberay=KubeRay(
+            namespace="ml",
+            service_account="acts",
+            secret="acts-env",
+            queue="gpus",
+            retries=5,
+            spot=True,
+            token_auth=False,
+        ),
+        slurm=Slurm(partition="gpu", account="us", time="01:00:00", setup="source venv/bin/activate"),
     )
+
+
+PIPELINE = """
+name = "sweep"
+root = "out"
+[workers]
+count = 3
+[[steps]]
+name = "harvest"
+num_cpus = 0
+command = ["actcache", "harvest", "--root", "{root}", "--workers", "{workers}", "--site", "blocks.{4,8}.hook_resid_post"]
+[[steps]]
+name = "train"
+needs = ["harvest"]
+num_gpus = 1
+command = ["python", "-m", "sae", "train", "--data", "{data:harvest}", "--out", "{root}/runs"]
+"""
+
+
+def test_a_pipeline_goes_to_one_process_with_places_filled_in_and_other_braces_kept(tmp_path):
+    run = run_of(tmp_path, PIPELINE)
+    root = str(tmp_path / "out")
+    words = shlex.split(run.entrypoint)
+    assert words[:3] == ["python", "-m", "cluster.steps"]
+    told = json.loads(words[3])
+    assert (told["name"], told["root"]) == ("sweep", root)
+    harvest, train = told["steps"]
+    assert harvest["command"][1:] == [
+        "-m",
+        "actcache",
+        "harvest",
+        "--root",
+        root,
+        "--workers",
+        "3",
+        "--site",
+        "blocks.{4,8}.hook_resid_post",
+    ]
+    assert train["command"][-4:] == ["--data", "{data:harvest}", "--out", f"{root}/runs"]
+    assert (train["needs"], train["num_cpus"], train["num_gpus"]) == (["harvest"], 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('needs = ["harvest"]', 'needs = ["harvst"]', r"steps\[1\] needs 'harvst'; it can need harvest"),
+        ('needs = ["harvest"]', "", r"steps\[1\] reads \{data:harvest\}; put 'harvest' in its needs"),
+        ('name = "train"', 'name = "harvest"', r"steps\[1\].name must be one of a kind"),
+        ("num_gpus = 1", "num_gpu = 1", r"no field is called 'steps\[1\].num_gpu'; did you mean 'num_gpus'?"),
+        ("num_gpus = 1", "num_gpus = -1", r"steps\[1\].num_gpus is -1; it must be 0 or more"),
+        ('root = "out"', "", "root is missing: a pipeline keeps its steps' records there"),
+        ('root = "out"', 'root = "out"\ncommand = ["a"]', r"command and \[\[steps\]\] each say what to run"),
+        ("count = 3", "count = 0", "workers.count is 0; it must be 1 or more"),
+        ("count = 3", 'count = "3"', "workers.count is a str; it must be a whole number"),
+        ("[workers]\ncount = 3", "workers = 3", "workers is a int; it must be a table"),
+        ('"{root}/runs"', '"--password=correct-horse"', r"steps\[1\].command\[7\] looks like a secret"),
+    ],
+)
+def test_a_mistake_in_a_pipeline_is_named(tmp_path, old, new, message):
+    assert old in PIPELINE
+    with pytest.raises(ConfigError, match=message) as caught:
+        run_of(tmp_path, PIPELINE.replace(old, new))
+    assert "correct-horse" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +172,7 @@ def test_python_and_actcache_run_with_the_named_interpreter_and_no_shell(command
     ("text", "message"),
     [
         (MINIMAL + "num_gpu = 1", "no field is called 'num_gpu'; did you mean 'num_gpus'?"),
-        (MINIMAL + "zzz = 1", "no field is called 'zzz'; it can be name, command, python"),
+        (MINIMAL + "zzz = 1", "no field is called 'zzz'; it can be name, command, steps"),
         ('name = "acts"', "command is missing"),
         ('name = "acts"\ncommand = []', "command is empty"),
         ('name = "acts"\ncommand = "actcache harvest"', "command is a str; it must be a list of strings"),
@@ -75,6 +183,10 @@ def test_python_and_actcache_run_with_the_named_interpreter_and_no_shell(command
         (MINIMAL + "num_gpus = nan", "num_gpus is nan; it must be 0 or more"),
         (MINIMAL + 'env = ["A=1"]', r"env\[0\] is not a variable's name"),
         (MINIMAL + 'working_dir = "nowhere"', "nowhere is not a directory"),
+        (MINIMAL + 'backend = "k8s"', "backend is not one of local, ray, kuberay, slurm"),
+        (MINIMAL + 'command_ = ["{root}"]', "no field is called 'command_'"),
+        ('name = "a"\ncommand = ["a", "{root}"]', "command has {root}, and root is missing"),
+        ('name = "a"\ncommand = ["a", "{data:b}"]', r"\{data:STEP\} is for \[\[steps\]\]"),
         ("name = ", "run.toml: Invalid value"),
     ],
 )

@@ -1,89 +1,28 @@
 """Runs on a real Ray cluster with a real job server: submitted, followed, stopped, resumed."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
+from ray_cluster import RayCluster, free_ports
 
+from cluster.attempts import ClusterError
 from cluster.config import Run
-from cluster.submit import ClusterError, attempts, connect, submit
+from cluster.ray_jobs import RayJobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 ROOT = Path(__file__).parents[2]
 
 
-def free_ports(n):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
-def pids_naming(text):
-    """Processes with `text` in their command line."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if text in path.read_bytes().decode(errors="replace"):
-                found.append(int(path.parent.name))
-        except OSError:  # it has just ended
-            continue
-    return found
-
-
 @pytest.fixture(scope="module")
 def cluster():
     """Environment of a submitter to a cluster of one node; its own ports, session directory and HOME."""
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as directory:
-        port, dashboard, agent, client = free_ports(4)
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        environment |= {"RAY_AUTH_MODE": "disabled", "HOME": directory, "RAY_enable_metrics_collection": "0"}
-        options = {"port": port, "dashboard-port": dashboard, "dashboard-agent-listen-port": agent}
-        options |= {"ray-client-server-port": client, "temp-dir": directory, "num-cpus": 4}
-        options |= {"node-ip-address": "127.0.0.1", "dashboard-host": "127.0.0.1"}
-        options |= {"object-store-memory": 100 * 1024**2}
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
-        command += ["--disable-usage-stats", *(f"--{name}={value}" for name, value in options.items())]
-        with open(f"{directory}/out", "w") as out:
-            head = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
-        try:
-            address = f"http://127.0.0.1:{dashboard}"
-            _wait_for(f"{address}/api/jobs/", head, Path(directory) / "out")
-            yield environment | {"RAY_API_SERVER_ADDRESS": address}
-        finally:
-            head.terminate()
-            head.wait(timeout=60)
-            _wait_until_gone(directory)
-
-
-def _wait_for(url, head, out):
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            return urllib.request.urlopen(url, timeout=5).read()
-        except OSError:
-            assert head.poll() is None, out.read_text()
-            assert time.monotonic() < deadline, out.read_text()
-            time.sleep(0.5)
-
-
-def _wait_until_gone(directory):
-    deadline = time.monotonic() + 30
-    while pids := pids_naming(directory):
-        if time.monotonic() > deadline:
-            for pid in pids:
-                os.kill(pid, 9)
-            pytest.fail(f"Ray left processes behind: {pids}")
-        time.sleep(0.2)
+    with RayCluster() as cluster:
+        yield cluster.environment
 
 
 def cli(cluster, *arguments):
@@ -171,14 +110,14 @@ def test_a_running_run_is_not_submitted_twice_and_stop_lets_it_finish_its_work(c
 
 def test_two_submitters_at_once_make_one_attempt(cluster, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    client = connect(cluster["RAY_API_SERVER_ADDRESS"])
+    jobs = RayJobs(cluster["RAY_API_SERVER_ADDRESS"])
     run = Run(name="race", command=("python", "-c", "import time; time.sleep(3)"), python=sys.executable)
     results, barrier = [], threading.Barrier(2)
 
     def one():
         barrier.wait()
         try:
-            results.append(submit(client, run)[0].id)
+            results.append(jobs.submit(run)[0].id)
         except ClusterError as err:
             results.append(str(err))
 
@@ -189,7 +128,7 @@ def test_two_submitters_at_once_make_one_attempt(cluster, monkeypatch):
         thread.join()
     assert sorted(results, key=len)[0] == "race-1"
     assert "already exists" in max(results, key=len) or "race-1 is" in max(results, key=len)
-    assert [a.id for a in attempts(client, "race")] == ["race-1"]
+    assert [a.id for a in jobs.attempts("race")] == ["race-1"]
 
 
 def test_a_harvest_runs_on_the_cluster(cluster, tmp_path):

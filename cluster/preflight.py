@@ -1,0 +1,213 @@
+"""Whether a run can work where it would run: versions, bucket, GPUs, model, clocks; each failure has a fix.
+
+What a machine must be able to do is tried there by `python -m actcache check`: on this machine, and with Ray on
+every node, by a job with the run's environment and code. Run as a module, this file is that job.
+"""
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+from .attempts import ClusterError
+from .config import Run
+from .ray_jobs import RayJobs
+from .steps import is_harvest
+
+Check = dict[str, Any]
+_MARK = "PREFLIGHT "
+
+
+def preflight(run: Run, backend: str) -> Iterator[Check]:
+    """Checks as {"where", "check", "ok", "found", "fix"}, as they are made."""
+    if backend == "ray":
+        yield from _of_ray(run)
+        return
+    if backend == "kuberay":
+        yield from _of_kuberay(run)
+    elif backend == "slurm":
+        for name in ("sbatch", "squeue", "scancel", "scontrol"):
+            yield _program("login node", name, "submit from a login node of the Slurm cluster")
+    yield from _here(run, gpus=run.workers.gpus if backend == "local" else 0)
+
+
+def _one(where: str, name: str, ok: bool, found: str, fix: str = "") -> Check:
+    return {
+        "where": where,
+        "check": name,
+        "ok": ok,
+        "found": " ".join(found.split()),
+        "fix": "" if ok else fix,
+    }
+
+
+def _program(where: str, name: str, fix: str) -> Check:
+    path = shutil.which(name)
+    return _one(where, name, path is not None, path or "not installed", fix)
+
+
+def check_command(run: Run) -> list[str]:
+    """`actcache check` with root, model and storage options of the run's first harvest; without --gpus."""
+    root, options = run.root, []
+    for step in run.all_steps:
+        words = run.program(step.command)
+        if not is_harvest(words):
+            continue
+        said = {}
+        for first, second in pairwise(words):
+            if first in ("--root", "--model", "--model-revision"):
+                said[first] = second
+            if first == "--storage-option":
+                options += [first, second]
+        root = said.pop("--root", root)
+        options += [word for pair in said.items() for word in pair]
+        break
+    if root is None:
+        raise ClusterError("the run names no root, so there is no place to check; put root in RUN.toml")
+    return [run.python, "-m", "actcache", "check", root, *options, "--json"]
+
+
+def _here(run: Run, gpus: int) -> Iterator[Check]:
+    local = replace(run, python=sys.executable)
+    yield from _checked("this machine", [*check_command(local), "--gpus", str(gpus)])
+
+
+def _checked(where: str, command: Sequence[str]) -> Iterator[Check]:
+    done = subprocess.run(list(command), capture_output=True, text=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    for line in lines:
+        yield {"where": where, **line}
+    if not lines:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        fix = "use an image or environment that has this actcache: python in RUN.toml says which interpreter"
+        yield _one(where, "actcache", False, said[-1], fix)
+
+
+def _of_ray(run: Run) -> Iterator[Check]:
+    import ray
+
+    jobs = RayJobs()
+    try:
+        theirs = jobs.versions()
+    except ClusterError as err:
+        fix = "give --address http://HOST:8265 of the head, forward that port, or start one: ray start --head"
+        yield _one("job server", "reached", False, str(err), fix)
+        return
+    yield _one("job server", "reached", True, jobs.client.get_address())
+    fix = f"pip install 'ray[default]=={theirs}' here, or use an image with Ray {ray.__version__}"
+    yield _one(
+        "job server", "Ray version", theirs == ray.__version__, f"{theirs}, here {ray.__version__}", fix
+    )
+    told = {"command": check_command(run), "workers": run.workers.count, "gpus": run.workers.gpus}
+    command = ("python", "-m", "cluster.preflight", json.dumps(told | {"python": platform.python_version()}))
+    job = replace(run, name=f"{run.name[:29]}-preflight", command=command, steps=(), num_cpus=0, num_gpus=0)
+    before = jobs.attempts(job.name)
+    jobs.start(job, before[-1].number + 1 if before else 1)
+    said: list[str] = []
+    ended = jobs.follow(jobs.newest(job.name), said.append)
+    lines = "".join(said).splitlines()
+    checks = [json.loads(line.removeprefix(_MARK)) for line in lines if line.startswith(_MARK)]
+    yield from checks
+    if ended.status != "SUCCEEDED" or not checks:
+        last = next((line for line in reversed(lines) if line.strip()), ended.message)
+        fix = "python in RUN.toml must be the interpreter there that has ray, actcache and cluster (or give working_dir)"
+        yield _one("job", ended.id, False, f"{ended.status}: {last}", fix)
+
+
+def _of_kuberay(run: Run) -> Iterator[Check]:
+    from .kuberay import kubectl, manifest
+
+    yield _program("this machine", "kubectl", "install kubectl")
+    if shutil.which("kubectl") is None:
+        return
+    where = ["-n", run.kuberay.namespace]
+    questions = [
+        (
+            "KubeRay",
+            ["get", "crd", "rayjobs.ray.io", "-o", "name"],
+            "install the operator: deploy/kuberay, first step",
+        ),
+        (
+            "may create RayJobs",
+            ["auth", "can-i", "create", "rayjobs.ray.io", *where],
+            "ask for a role with that verb",
+        ),
+    ]
+    if run.kuberay.service_account:
+        name = run.kuberay.service_account
+        questions.append(
+            ("service account", ["get", "serviceaccount", name, *where, "-o", "name"], f"create {name}")
+        )
+    for name, question, fix in questions:
+        try:
+            yield _one("Kubernetes", name, True, kubectl(*question))
+        except ClusterError as err:
+            yield _one("Kubernetes", name, False, str(err), fix)
+    if run.env and run.kuberay.secret:
+        fix = f"kubectl create secret generic {run.kuberay.secret} --from-literal=..., with the keys {', '.join(run.env)}"
+        try:  # names of the keys only
+            template = "go-template={{range $name, $_ := .data}}{{$name}} {{end}}"
+            keys = kubectl("get", "secret", run.kuberay.secret, *where, "-o", template).split()
+            lacking = [name for name in run.env if name not in keys]
+            yield _one(
+                "Kubernetes",
+                "secret",
+                not lacking,
+                f"lacks {', '.join(lacking)}" if lacking else "has all keys",
+                fix,
+            )
+        except ClusterError as err:
+            yield _one("Kubernetes", "secret", False, str(err), fix)
+    version = manifest(run, 1)["spec"]["rayClusterSpec"]["rayVersion"]
+    yield _one(
+        "image", "Ray version", True, f"{run.image} must have Ray {version}, as this machine; not looked into"
+    )
+
+
+def _nodes(told: dict[str, Any]) -> Iterator[Check]:
+    """On the cluster: `actcache check` on every node, and whether there are enough GPUs."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ray.init(log_to_driver=False)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+
+    def look(command: Sequence[str]) -> list[Check]:
+        return list(_checked("", command))
+
+    asked = {}
+    for node in nodes:
+        gpus = told["gpus"] if node["Resources"].get("GPU") else 0
+        strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        task = ray.remote(num_cpus=0, max_retries=0)(look).options(scheduling_strategy=strategy)
+        asked[node["NodeManagerAddress"], node["NodeID"][:6]] = task.remote(
+            [*told["command"], "--gpus", str(gpus)]
+        )
+    for (address, node_id), answer in asked.items():
+        where = f"node {address} {node_id}"
+        try:
+            checks = ray.get(answer, timeout=300)
+        except Exception as err:  # whatever keeps a task from running there
+            fix = "look at that node in `ray list nodes` and at its raylet's log"
+            yield _one(where, "reached", False, str(err).splitlines()[0], fix)
+            continue
+        for check in checks:
+            yield {**check, "where": where}
+    found = sum(node["Resources"].get("GPU", 0) for node in nodes)
+    wanted = told["workers"] * told["gpus"]
+    fix = "start more GPU nodes, wait for the autoscaler, or lower count or gpus in [workers]"
+    yield _one("cluster", "GPUs", found >= wanted, f"{found:g} of {wanted} wanted", fix)
+    theirs = platform.python_version()
+    same = theirs.split(".")[:2] == told["python"].split(".")[:2]
+    fix = f"use Python {theirs} here, or an image with Python {told['python']}"
+    yield _one("cluster", "Python version", same, f"{theirs}, here {told['python']}", fix)
+
+
+if __name__ == "__main__":
+    for one in _nodes(json.loads(sys.argv[1])):
+        print(_MARK + json.dumps(one), flush=True)

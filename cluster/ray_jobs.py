@@ -1,0 +1,190 @@
+"""Runs as jobs of a Ray cluster's job server.
+
+The job server is the only record of attempts; nothing is written on the submitter's side. On the cluster,
+Ray 2.60 writes the values of a job's environment variables into its nodes' runtime_env_agent.log (measured): the
+nodes' own environment (the image, an instance role) is the better place for credentials.
+"""
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .attempts import Attempt, Backend, ClusterError, parse_id
+from .config import ConfigError, Run
+
+_SETTLE_S = 15  # the log's last line may come before the job's last state
+_LONGEST_DRAIN_S = 900  # of runs of which we know no drain_s: `stop NAME`; who is done sooner ends sooner
+_EXCLUDES = [".git", ".venv", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis"]
+
+
+class RayJobs(Backend):
+    """The job server of one Ray cluster."""
+
+    def __init__(self, address: str | None = None) -> None:
+        """`address` as in `_connect`; it is reached when it is first asked for something."""
+        self._address, self._connected = address, None
+
+    @property
+    def client(self) -> Any:
+        """The `JobSubmissionClient`, checked to reach its server.
+
+        Ray lets the variables RAY_API_SERVER_ADDRESS and RAY_ADDRESS override the address; None without them means
+        a cluster on this machine. A server that wants a token gets that of RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH
+        or ~/.ray/auth_token; others never see it.
+
+        Raises:
+            ClusterError: no server there, or it does not know us.
+        """
+        if self._connected is None:
+            self._connected = _connect(self._address)
+        return self._connected
+
+    def attempts(self, run: str | None = None) -> list[Attempt]:
+        """See `Backend`. Other jobs of the cluster are left out."""
+        client = self.client
+        with _one_kind_of_error():
+            jobs = client.list_jobs()
+        found = []
+        for job in jobs:
+            parsed = parse_id(job.submission_id or "")
+            if parsed is None or run not in (None, parsed[0]):
+                continue
+            found.append(
+                Attempt(
+                    run=parsed[0],
+                    number=parsed[1],
+                    status=str(job.status),
+                    entrypoint=job.entrypoint,
+                    message=job.message or "",
+                    started_s=job.start_time / 1000 if job.start_time else None,
+                    ended_s=job.end_time / 1000 if job.end_time else None,
+                )
+            )
+        return sorted(found, key=lambda a: a.number if run else a.started_s or 0)
+
+    def request(self, run: Run, attempt: int | str) -> str:
+        """The arguments of `JobSubmissionClient.submit_job`."""
+        sent = self._arguments(run, attempt)
+        sent["runtime_env"]["env_vars"] |= dict.fromkeys(run.env, "<from the environment>")
+        return json.dumps(sent, indent=2)
+
+    def start(self, run: Run, attempt: int) -> None:
+        """See `Backend`.
+
+        Raises:
+            ConfigError: a variable that the run names is not set here.
+        """
+        client, sent = self.client, self._arguments(run, attempt)
+        with _one_kind_of_error():
+            client.submit_job(**sent)
+
+    @staticmethod
+    def _arguments(run: Run, attempt: int | str) -> dict[str, Any]:
+        require_env(run)
+        env_vars = {"RAY_JOB_STOP_WAIT_TIME_S": str(run.drain_s)} | {n: os.environ[n] for n in run.env}
+        runtime_env: dict[str, Any] = {"env_vars": env_vars}
+        if run.working_dir is not None:
+            runtime_env |= {"working_dir": run.working_dir, "excludes": _EXCLUDES}
+        own = not run.steps  # a pipeline's steps reserve their own
+        return {
+            "submission_id": f"{run.name}-{attempt}",
+            "entrypoint": run.entrypoint,
+            "entrypoint_num_cpus": run.num_cpus if own else 0,
+            "entrypoint_num_gpus": run.num_gpus if own else 0,
+            "runtime_env": runtime_env,
+        }
+
+    def logs(self, attempt: Attempt) -> str:
+        """See `Backend`."""
+        client = self.client
+        with _one_kind_of_error():
+            return str(client.get_job_logs(attempt.id))
+
+    def follow(self, attempt: Attempt, write: Callable[[str], object]) -> Attempt:
+        """See `Backend`.
+
+        Raises:
+            ClusterError: the connection was lost; the attempt itself goes on.
+        """
+
+        async def tail(lines: AsyncIterator[str]) -> None:
+            async for text in lines:
+                write(text)
+
+        client = self.client
+        logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # "WebSocket closed"
+        with _one_kind_of_error():
+            asyncio.run(tail(client.tail_job_logs(attempt.id)))
+        return self.wait(attempt, _SETTLE_S)
+
+    def stop(self, attempt: Attempt) -> Attempt:
+        """SIGTERM to the command and its children; SIGKILL after the run's `drain_s`."""
+        client = self.client
+        with _one_kind_of_error():
+            client.stop_job(attempt.id)
+        return self.wait(attempt, _LONGEST_DRAIN_S)
+
+    def versions(self) -> str:
+        """Ray's version on the cluster."""
+        client = self.client
+        with _one_kind_of_error():
+            return str(client._do_request("GET", "/api/version").json()["ray_version"])
+
+
+def require_env(run: Run) -> None:
+    """Refuse a run that names variables which are not set here.
+
+    Raises:
+        ConfigError: names them.
+    """
+    missing = [name for name in run.env if name not in os.environ]
+    if missing:
+        raise ConfigError(f"env names {', '.join(missing)}, not set here; export it or take it out of env")
+
+
+def _connect(address: str | None) -> Any:
+    try:
+        from ray.job_submission import JobSubmissionClient
+    except ImportError as err:
+        raise ClusterError("Ray is not installed here; pip install 'ray[default]'") from err
+    from ray.exceptions import RayError
+
+    with _one_kind_of_error():
+        try:
+            return JobSubmissionClient(address)
+        except (RayError, RuntimeError) as err:
+            token = _token()
+            if type(err).__name__ != "AuthenticationError" or token is None:
+                raise
+            return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"})
+
+
+def _token() -> str | None:
+    """The token that Ray would use, wherever Ray looks for it."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token.strip()
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    try:
+        return path.read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None
+
+
+@contextmanager
+def _one_kind_of_error() -> Iterator[None]:
+    """Whatever Ray's client raises (its own, requests', aiohttp's), as a ClusterError of one line."""
+    from aiohttp import ClientError
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, ClientError, RayError) as err:
+        text = " ".join(str(err).split()) or type(err).__name__
+        if type(err).__name__ == "AuthenticationError":  # Ray has it since 2.52
+            text = "the cluster wants its token: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file that has it"
+        raise ClusterError(text if len(text) <= 600 else f"{text[:300]} ... {text[-300:]}") from err

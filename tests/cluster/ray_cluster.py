@@ -1,0 +1,154 @@
+"""A Ray cluster of `ray start` processes with a job server: nodes with addresses of their own that come and go."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+_RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+
+
+def free_ports(n):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def pids_naming(text):
+    """Processes with `text` in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if text in path.read_bytes().decode(errors="replace"):
+                found.append(int(path.parent.name))
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+class RayCluster:
+    """`environment` is a submitter's; ports, session directory and HOME are the cluster's own."""
+
+    def __init__(self, head_cpus=4, token=None):
+        self._head_cpus, self._token = head_cpus, token
+        self._directory = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets have short paths
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        self.environment |= {"RAY_AUTH_MODE": "disabled", "HOME": self._directory}
+        self.environment |= {"RAY_enable_metrics_collection": "0"}
+        self._nodes = {}
+        self._n = 0
+        self._port, self._dashboard = free_ports(2)
+        self.environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{self._dashboard}"
+
+    def __enter__(self):
+        self.start_head()
+        return self
+
+    def __exit__(self, *exc):
+        for process in self._nodes.values():
+            process.terminate()
+        deadline = time.monotonic() + 40
+        while pids := pids_naming(self._directory):
+            if time.monotonic() > deadline:
+                for pid in pids:
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.2)
+        for process in self._nodes.values():
+            process.wait(timeout=30)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _node_environment(self):
+        return self.environment | (
+            {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token} if self._token else {}
+        )
+
+    def start_head(self):
+        """A head with job server; after `kill_head`, a new one at the same address that knows nothing."""
+        agent, client = free_ports(2)
+        options = {
+            "port": self._port,
+            "dashboard-port": self._dashboard,
+            "dashboard-agent-listen-port": agent,
+        }
+        options |= {
+            "ray-client-server-port": client,
+            "node-ip-address": "127.0.0.1",
+            "dashboard-host": "127.0.0.1",
+        }
+        log = self._start("head", ["--head", *(f"--{k}={v}" for k, v in options.items())], self._head_cpus)
+        self._wait_for(f"{self.environment['RAY_API_SERVER_ADDRESS']}/api/jobs/", "head", log)
+
+    def add_node(self, num_cpus=2):
+        """Its name."""
+        self._n += 1
+        name = f"node{self._n}"
+        options = [f"--address=127.0.0.1:{self._port}", f"--node-ip-address=127.0.0.{self._n + 1}"]
+        [agent] = free_ports(1)
+        self._start(name, [*options, f"--dashboard-agent-listen-port={agent}"], num_cpus)
+        return name
+
+    def _start(self, name, options, num_cpus):
+        directory = Path(self._directory, f"{name}-{time.monotonic_ns() % 10**6}")
+        directory.mkdir()
+        shared = [f"--num-cpus={num_cpus}", f"--object-store-memory={100 * 1024**2}"]
+        if name == "head":
+            shared.append(f"--temp-dir={directory}")
+        with open(directory / "out", "w") as out:
+            self._nodes[name] = subprocess.Popen(
+                [*_RAY, *options, *shared],
+                env=self._node_environment(),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return directory / "out"
+
+    def kill(self, name):
+        """SIGKILL to all processes of a node, as when the machine goes down."""
+        process = self._nodes.pop(name)
+        os.killpg(process.pid, signal.SIGSTOP)  # `ray start --block` would else tidy up
+        victims = [process.pid, *_descendants(process.pid)]
+        for pid in victims:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        process.wait()
+
+    def _wait_for(self, url, name, out):
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                return urllib.request.urlopen(url, timeout=5).read()
+            except urllib.error.HTTPError as err:
+                if err.code == 401 and self._token:
+                    return None
+                time.sleep(0.5)
+            except OSError:
+                assert self._nodes[name].poll() is None, out.read_text()
+                assert time.monotonic() < deadline, out.read_text()
+                time.sleep(0.5)
+
+
+def _descendants(pid):
+    children = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        children.setdefault(parent, []).append(int(path.parent.name))
+    found, queue = [], [pid]
+    while queue:
+        queue += children.get(queue.pop(), [])
+        found = list(dict.fromkeys([*found, *queue]))
+    return found

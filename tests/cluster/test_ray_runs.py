@@ -1,0 +1,308 @@
+"""Runs on a real Ray cluster whose parts die: harvests to S3, two at once, and a whole sweep."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ray_cluster import RayCluster, pids_naming
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+ROOT = Path(__file__).parents[2]
+HARVEST = ["actcache", "harvest", "--root", "{root}", "--max-tokens", "500000", "--context-size", "32"]
+HARVEST += [
+    "--block-rows",
+    "4096",
+    "--engine",
+    "ray",
+    "--lm-batch",
+    "1",
+]  # slow enough to be stopped in the middle
+
+
+@pytest.fixture
+def cluster():
+    with RayCluster() as cluster:
+        yield cluster
+
+
+def cli(environment, *arguments, timeout_s=400):
+    command = [sys.executable, "-m", "cluster", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s
+    )
+
+
+def write_run(directory, name, root, *command, **fields):
+    lines = {"name": name, "root": root, "command": list(command), "python": sys.executable} | fields
+    path = directory / f"{name}.toml"
+    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in lines.items()))
+    return path
+
+
+def on_s3(cluster, s3):
+    """The environment of a submitter whose runs find the S3 server."""
+    names = {"AWS_ENDPOINT_URL": s3["endpoint_url"], "AWS_ACCESS_KEY_ID": s3["key"]}
+    return (
+        cluster.environment
+        | names
+        | {"AWS_SECRET_ACCESS_KEY": s3["secret"], "AWS_DEFAULT_REGION": "us-east-1"}
+    )
+
+
+ENV = ["AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"]
+
+
+def status(environment, path):
+    done = cli(environment, "status", path, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def wait_for_blocks(environment, path, n, timeout_s=240):
+    """The step's progress once `n` blocks are committed."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        [step] = status(environment, path)["steps"]
+        if step["blocks_done"] >= n:
+            return step
+        assert time.monotonic() < deadline, cli(environment, "logs", path).stdout[-3000:]
+
+
+def kill_driver(name):
+    """SIGKILL to the processes of a run's command."""
+    pids = [pid for pid in pids_naming(name) if b"actcache" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+def verified(environment, url):
+    command = [sys.executable, "-m", "actcache", "verify", url, "--deep", "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_harvest_to_s3_is_stopped_killed_and_resumed_while_nodes_come_and_go(cluster, s3, tmp_path):
+    environment = on_s3(cluster, s3)
+    command = [*HARVEST, "--tokens", "450000", "--workers", "3"]
+    path = write_run(tmp_path, "s3run", "s3://bucket/s3run", *command, env=ENV)
+    lost = cluster.add_node()
+    assert cli(environment, "submit", path).returncode == 0
+
+    step = wait_for_blocks(environment, path, 3)
+    assert step["running"]
+    assert step["state"] == "partial"
+    assert step["blocks_done"] + step["blocks_missing"] == step["blocks_wanted"]
+    cluster.kill(lost)
+    cluster.add_node()
+
+    stopped = cli(environment, "stop", path)
+    assert (stopped.returncode, stopped.stdout) == (0, "s3run-1 is STOPPED\n")
+    assert "stopped by SIGTERM" in cli(environment, "logs", path).stdout
+    [drained] = status(environment, path)["steps"]
+    assert not drained["running"]
+    assert 0 < drained["blocks_done"] < drained["blocks_wanted"]
+
+    assert cli(environment, "submit", path).stdout.startswith("submitted s3run-2")
+    wait_for_blocks(environment, path, drained["blocks_done"] + 1)
+    kill_driver("s3run")
+    deadline = time.monotonic() + 60
+    while status(environment, path)["status"] != "FAILED":
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+    done = cli(environment, "submit", path, "--follow")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    assert done.stdout.endswith("s3run-3 SUCCEEDED\n")
+    found = status(environment, path)
+    assert (found["status"], found["steps"][0]["state"]) == ("SUCCEEDED", "done")
+    assert "problems" in verified(environment, found["steps"][0]["url"])
+    assert cli(environment, "submit", path).stdout.startswith("s3run-3 has succeeded already")
+
+
+def test_a_dead_head_leaves_what_was_stored_and_a_new_one_finishes_the_run(cluster, tmp_path):
+    environment = cluster.environment
+    command = [*HARVEST, "--tokens", "300000", "--workers", "2"]
+    path = write_run(tmp_path, "headless", str(tmp_path / "acts"), *command)
+    assert cli(environment, "submit", path).returncode == 0
+    wait_for_blocks(environment, path, 3)
+    cluster.kill("head")
+    found = status(environment, path)
+    assert found["status"] == "UNKNOWN"
+    assert "Failed to connect" in found["message"]
+    assert found["steps"][0]["blocks_done"] >= 3
+    assert found["steps"][0]["state"] == "partial"
+    cluster.start_head()
+    done = cli(environment, "submit", path, "--follow")
+    assert done.stdout.endswith("headless-1 SUCCEEDED\n"), done.stdout[-3000:] + done.stderr
+    [step] = status(environment, path)["steps"]
+    assert step["state"] == "done"
+    assert verified(environment, step["url"])["problems"] == []
+
+
+def test_two_runs_at_once_both_go_forward(cluster, tmp_path):
+    """Each has half of the CPUs; while both run, neither falls behind the other by more than half of the work."""
+    paths = [
+        write_run(
+            tmp_path,
+            name,
+            str(tmp_path / name),
+            *HARVEST,
+            "--tokens",
+            "300000",
+            "--workers",
+            "2",
+            "--seed",
+            seed,
+        )
+        for name, seed in (("left", "1"), ("right", "2"))
+    ]
+    for path in paths:
+        assert cli(cluster.environment, "submit", path).returncode == 0
+    shares = []
+    while True:
+        found = [status(cluster.environment, path) for path in paths]
+        if any(f["status"] == "SUCCEEDED" for f in found):
+            break
+        assert all(f["status"] in ("PENDING", "RUNNING") for f in found), found
+        steps = [f["steps"][0] for f in found]
+        if all(s["blocks_wanted"] for s in steps):
+            shares.append([s["blocks_done"] / s["blocks_wanted"] for s in steps])
+    assert shares[-1][0] > 0
+    assert shares[-1][1] > 0
+    assert max(abs(left - right) for left, right in shares) < 0.5, shares
+    for path in paths:
+        assert cli(cluster.environment, "logs", "-f", path).returncode == 0
+
+
+def test_preflight_tries_every_node_and_names_what_is_missing(cluster, tmp_path):
+    cluster.add_node()
+    path = write_run(tmp_path, "look", str(tmp_path / "acts"), *HARVEST)
+    deadline = time.monotonic() + 120
+    while True:
+        done = cli(cluster.environment, "preflight", path, "--json")
+        checks = [json.loads(line) for line in done.stdout.splitlines()]
+        nodes = {c["where"] for c in checks if c["where"].startswith("node ")}
+        if len(nodes) == 2 or time.monotonic() > deadline:
+            break
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(nodes) == 2
+    per_node = {(c["where"], c["check"]) for c in checks}
+    assert {
+        (n, c) for n in nodes for c in ("put", "conditional put", "ranged get", "delete", "GPUs")
+    } <= per_node
+    path.write_text(path.read_text() + "[workers]\ngpus = 1\n")
+    failed = cli(cluster.environment, "preflight", path)
+    assert failed.returncode == 1
+    assert "FAIL cluster: GPUs: 0 of 1 wanted\n     fix: start more GPU nodes" in failed.stdout
+
+
+def test_a_cluster_with_tokens_gets_ours_and_who_has_none_is_told(tmp_path):
+    token = "0123456789abcdef" * 4
+    with RayCluster(token=token) as cluster:
+        environment = {k: v for k, v in cluster.environment.items() if k != "RAY_AUTH_MODE"}
+        refused = cli(environment, "list")
+        assert refused.returncode == 1
+        assert refused.stderr.startswith("error: the cluster wants its token: set RAY_AUTH_TOKEN")
+        (tmp_path / "token").write_text(token + "\n")
+        environment["RAY_AUTH_TOKEN_PATH"] = str(tmp_path / "token")
+        path = write_run(tmp_path, "known", str(tmp_path), "python", "-c", "print('hello')")
+        done = cli(environment, "submit", path, "--follow")
+        assert done.stdout.endswith("hello\nknown-1 SUCCEEDED\n"), done.stdout + done.stderr
+        assert token not in done.stdout + done.stderr
+
+
+SWEEP = """
+name = "sweep"
+root = "ROOT"
+python = "PYTHON"
+[[steps]]
+name = "harvest"
+num_cpus = 0
+command = ["actcache", "harvest", "--root", "{root}", "--tokens", "40000", "--max-tokens", "80000", "--context-size", "32",
+    "--block-rows", "4096", "--engine", "ray", "--workers", "2"]
+[[steps]]
+name = "train-topk"
+needs = ["harvest"]
+command = ["python", "-m", "sae", "train", "--data", "{data:harvest}", "--arch", "topk", "--k", "4", "--k", "8", "--d-sae", "96",
+    "--d-sae", "192", "--batch-size", "256", "--checkpoint-every-rows", "4096", "--out", "{root}/topk"]
+[[steps]]
+name = "train-batchtopk"
+needs = ["harvest"]
+command = ["python", "-m", "sae", "train", "--data", "{data:harvest}", "--arch", "batchtopk", "--k", "4", "--k", "8", "--d-sae",
+    "96", "--d-sae", "192", "--batch-size", "256", "--checkpoint-every-rows", "4096", "--out", "{root}/batchtopk"]
+[[steps]]
+name = "eval"
+needs = ["train-topk", "train-batchtopk"]
+command = ["python", "-m", "sae", "eval", "{root}/topk", "{root}/batchtopk", "--sequences", "16", "--split", "test"]
+[[steps]]
+name = "report-topk"
+needs = ["eval"]
+command = ["python", "-m", "sae", "report", "{root}/topk"]
+[[steps]]
+name = "report-batchtopk"
+needs = ["eval"]
+command = ["python", "-m", "sae", "report", "{root}/batchtopk"]
+"""
+
+
+def weights(root):
+    """Digests of the trained weights by SAE, and the loss of each in the LM."""
+    found = {}
+    for path in sorted(Path(root).glob("*topk/*/")):
+        if (path / "eval.json").exists():
+            data = b"".join(f.read_bytes() for f in sorted(path.glob("*.safetensors")))
+            found[f"{path.parent.name}/{path.name}"] = (
+                hashlib.sha256(data).hexdigest(),
+                json.loads((path / "eval.json").read_text())["ce_recovered_zero"],
+            )
+    return found
+
+
+def test_a_sweep_killed_at_three_random_places_ends_in_the_undisturbed_result(cluster, tmp_path):
+    environment = cluster.environment
+    path = tmp_path / "sweep.toml"
+
+    def write(name):
+        text = SWEEP.replace("ROOT", str(tmp_path / name)).replace("PYTHON", sys.executable)
+        path.write_text(text.replace('"sweep"', f'"{name}"'))
+
+    write("undisturbed")
+    begun = time.monotonic()
+    done = cli(environment, "submit", path, "--follow")
+    whole_s = time.monotonic() - begun
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    expected = weights(tmp_path / "undisturbed")
+    assert len(expected) == 8
+
+    write("killed")
+    chance = random.Random(8)
+    for number, share in enumerate(sorted(chance.uniform(0.1, 0.6) for _ in range(3)), 1):
+        assert cli(environment, "submit", path).stdout.startswith(f"submitted killed-{number};")
+        time.sleep(share * whole_s)
+        for pid in pids_naming(str(tmp_path / "killed")):  # the runner and its steps, none in order
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        found = status(environment, path)
+        assert found["status"] in ("RUNNING", "FAILED")
+        deadline = time.monotonic() + 60
+        while status(environment, path)["status"] != "FAILED":
+            assert time.monotonic() < deadline
+    done = cli(environment, "submit", path, "--follow")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    assert done.stdout.endswith("killed-4 SUCCEEDED\n")
+    assert weights(tmp_path / "killed") == expected
+    for run in ("topk", "batchtopk"):
+        assert re.search("<html", (tmp_path / "killed" / run / "report.html").read_text())
+    assert [step["state"] for step in status(environment, path)["steps"]] == ["done"] * 6
