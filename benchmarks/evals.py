@@ -18,7 +18,7 @@ from hardware import report
 import actcache
 import sae
 from sae.evals.evaluation import _references
-from sae.evals.row_pass import chunk_rows, rows_tensor
+from sae.evals.row_pass import chunk_rows, empty_sums, rows_tensor
 from sae.evals.workers import EvalJob, LocalPool
 
 
@@ -70,13 +70,9 @@ def evaluate_s(job: EvalJob) -> float:
     """Seconds to sum every figure of the rows."""
     start = time.perf_counter()
     with LocalPool(job) as pool:
-        total = None
+        total = empty_sums(job.saes, pool.worker.context_size)
         for sums in pool.run([("rows", (i,)) for i in range(pool.worker.n_parts)]):
-            if total is None:
-                total = sums
-            else:
-                total.merge(sums)
-        assert total is not None
+            total.merge(sums)
         total.saes[0].figures(total.sites[job.saes[0].cfg["site"]])
     return time.perf_counter() - start
 

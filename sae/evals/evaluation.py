@@ -18,9 +18,9 @@ from actcache.progress import Progress
 from sae.evals import language_model as lm_pass
 from sae.evals.definitions import EVAL_VERSION
 from sae.evals.latents import write_parquet
-from sae.evals.row_pass import Reference, RowSums
+from sae.evals.row_pass import Reference, RowSums, empty_sums
 from sae.evals.rows import EVAL_BATCH
-from sae.evals.workers import Call, EvalJob, LocalPool, RayPool, open_pool
+from sae.evals.workers import Call, EvalJob, EvalWorker, LocalPool, RayPool, open_pool
 
 _PILOT_SEQUENCES = 64
 COMPAT = (None, "saelens")
@@ -287,18 +287,12 @@ def _name(s: Any) -> str:
 
 
 def _row_sums(pool: LocalPool | RayPool, job: EvalJob) -> RowSums:
-    from sae.evals.workers import EvalWorker
-
     n_parts = EvalWorker(job).n_parts
-    total: RowSums | None = None
+    total = empty_sums(job.saes, int(job.ds.spec.context_size))  # of our own: what Ray hands out is read-only
     with Progress("evaluating rows", total=job.n_rows, unit="rows") as progress:
         for sums in pool.run([("rows", (i,)) for i in range(n_parts)]):
             progress.advance(sums.saes[0].recon.n_rows)
-            if total is None:
-                total = sums
-            else:
-                total.merge(sums)
-    assert total is not None, "a split with rows has parts"
+            total.merge(sums)
     return total
 
 

@@ -117,7 +117,7 @@ class LatentStats:
 
     def merge(self, other: Self) -> None:
         """Add the rows that `other` has seen. Both keep the same number of places."""
-        other._rank()
+        other.rank()
         if (self.d_sae, self.top_k) != (other.d_sae, other.top_k):
             raise ValueError(f"cannot merge statistics of {other.d_sae} latents into {self.d_sae}")
         self.n_rows += other.n_rows
@@ -133,10 +133,10 @@ class LatentStats:
             self._waiting.append((latent, value, seq, pos))
             self._n_waiting += len(latent)
         if self._n_waiting > 4 * self.top_k * self.d_sae:  # ranking each chunk took a third of the pass
-            self._rank()
+            self.rank()
 
-    def _rank(self) -> None:
-        """Keep the K best of what is kept and what waits."""
+    def rank(self) -> None:
+        """Keep the K best of what is kept and what waits; called where sums leave for another process."""
         if not self._waiting:
             return
         kept = (self._top_latent, self._top_value, self._top_sequence, self._top_position)
@@ -153,7 +153,7 @@ class LatentStats:
 
     def top(self, latent: int) -> list[tuple[int, int, float]]:
         """(sequence, position, value) of the largest activations of one latent, largest first."""
-        self._rank()
+        self.rank()
         lo, hi = np.searchsorted(self._top_latent, [latent, latent + 1])
         places = zip(
             self._top_sequence[lo:hi], self._top_position[lo:hi], self._top_value[lo:hi], strict=True
@@ -203,7 +203,7 @@ class LatentStats:
         """Columns of `latents.parquet`: fires, density, mean and max activation, the top places."""
         import pyarrow as pa
 
-        self._rank()
+        self.rank()
         bounds = np.searchsorted(self._top_latent, np.arange(self.d_sae + 1)).astype(np.int32)
         table = {
             "latent": pa.array(np.arange(self.d_sae, dtype=np.int32)),

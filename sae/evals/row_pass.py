@@ -127,11 +127,9 @@ class SaeRows:
         scatter_G = site.scatter_by(name)
         found = []
         for g, group in enumerate(by.ids_G.tolist()):
-            if name == "position":
-                first, last = position_range(group)
-                where = {"from": first, "to": last}
-            else:
-                where = {"norm_over_mean": 2 ** (group / 2)}
+            first, last = position_range(max(group, 0))
+            by_norm = {"norm_over_mean": 2.0 ** (group / 2)}
+            where = {"from": first, "to": last} if name == "position" else by_norm
             n, nonzero = n_G[g], by["nonzero"][g]
             found.append(
                 {
@@ -263,6 +261,7 @@ def _measure_sae(
     sums.spread.end()
     if pairs is not None:
         pairs.end()
+    sums.latents.rank()
     values = join_values(found)
     sums.batches.add(values, distance_N, part.batch_N)
     by_row = {

@@ -95,7 +95,7 @@ def test_a_stored_result_is_a_hit_by_dataset_sae_and_settings(ds, alone, monkeyp
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("workers", [1, 8])
+@pytest.mark.parametrize("workers", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_ray_workers_agree_with_this_process(ray_session, ds, alone, tmp_path, workers):
     found = evaluate_many(saes(ds, tmp_path), ds, model_of(ds), "train", n_sequences=96, workers=workers)
     assert_same(found, alone[1])
