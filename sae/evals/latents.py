@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from sae.core import SAE
+from sae.select import Scratch, largest_per_row
 
 _DENSITY_BINS = 48  # eight per decade from 1e-6 to 1
 _L0_BINS = 50
@@ -66,6 +67,11 @@ def _sparse(s: SAE, acts_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Row, latent and value of what is not zero, row by row."""
     if s.cfg["architecture"] == "topk":  # what is kept is known: no [N, F] zeros to fill and to search
         hidden_NF = torch.addmm(s.b_enc, acts_ND - s.b_dec, s.W_enc)
+        if hidden_NF.device.type == "cpu" and hidden_NF.dtype == torch.float32:
+            # as training chooses: torch.topk took a quarter of the pass
+            entries = largest_per_row(hidden_NF, int(s.cfg["k"]), Scratch()).positive()
+            found = (entries.rows, entries.columns, entries.values)
+            return torch.from_numpy(found[0]), torch.from_numpy(found[1]), torch.from_numpy(found[2])
         value_NK, latent_NK = torch.topk(hidden_NF.relu_(), int(s.cfg["k"]), dim=-1, sorted=False)
         row_M, place_M = value_NK.nonzero(as_tuple=True)
         return row_M, latent_NK[row_M, place_M], value_NK[row_M, place_M]

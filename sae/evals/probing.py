@@ -112,7 +112,7 @@ def _python_of(texts: Iterable[str], limit: int) -> list[str]:
 def labelled_rows(
     lm: Any, tokenizer: Any, texts: Sequence[str], site: str, context_size: int, n_rows: int
 ) -> LabelledRows:
-    """Rows at a site over the beginnings of texts, `context_size` tokens of each behind BOS if there is one.
+    """Rows at a site over three windows of each text, `context_size` tokens behind BOS if there is one.
 
     Args:
         lm, tokenizer: the model; a tokenizer that knows offsets.
@@ -126,23 +126,26 @@ def labelled_rows(
     acts: list[np.ndarray] = []
     labels: dict[str, list[np.ndarray]] = {name: [] for name in LABELS}
     found = 0
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     for text in texts:
-        coded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        ids = [*bos, *coded["input_ids"]][:context_size]
-        offsets = np.array(coded["offset_mapping"][: len(ids) - len(bos)]).reshape(-1, 2)
-        if not len(offsets):
-            continue
-        input_ids_BT = torch.tensor([ids], device=lm.device)
-        acts.append(run_capture(lm.model, input_ids_BT, [site])[site][0, len(bos) :].float().cpu().numpy())
+        coded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
+        width, n = context_size - len(bos), len(coded["input_ids"])
         kind_C = np.full(len(text) + 1, -1, np.int8)
         for start, end, name in python_labels(text):
             kind_C[start:end] = LABELS.index(name)
-        # a byte-level token may begin with the space before a word: its last character decides
-        kind_N = kind_C[np.maximum(offsets[:, 1] - 1, 0)]
-        for i, name in enumerate(LABELS):
-            labels[name].append(kind_N == i)
-        found += len(offsets)
+        for begin in sorted({0, n // 3, 2 * n // 3}):
+            ids = coded["input_ids"][begin : begin + width]
+            if not ids:
+                continue
+            input_ids_BT = torch.tensor([[*bos, *ids]], device=lm.device)
+            acts_BTD = run_capture(lm.model, input_ids_BT, [site])[site]
+            acts.append(acts_BTD[0, len(bos) :].float().cpu().numpy())
+            # a byte-level token may begin with the space before a word: its last character decides
+            ends_N = np.array(coded["offset_mapping"][begin : begin + width])[:, 1]
+            kind_N = kind_C[np.maximum(ends_N - 1, 0)]
+            for i, name in enumerate(LABELS):
+                labels[name].append(kind_N == i)
+            found += len(ids)
         if found >= n_rows:
             break
     if not acts:
