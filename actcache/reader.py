@@ -266,12 +266,15 @@ class Dataset:
     def documents(self, index: Index) -> Documents:
         """Which document of the split, and which token of it, each row is."""
         rows = self._row_index(index, self.n_rows, "token_id")
-        sequence, sequence_N = np.unique(self._gather("sequence", rows), return_inverse=True)
+        return self.documents_at(self._gather("sequence", rows), self._gather("position", rows))
+
+    def documents_at(self, sequence_N: np.ndarray, position_N: np.ndarray) -> Documents:
+        """As `documents`, of tokens by their sequence and position; they need not be rows."""
+        sequence, index_N = np.unique(sequence_N, return_inverse=True)
         names = ("document", "document_offset", "document_begins")
         document_S, offset_S, begins_ST = (self._gather(n, sequence.astype(np.int64)) for n in names)
-        position_N = self._gather("position", rows)
         tokens = self.manifest.identity["tokens"]
-        return Documents(*document_places(sequence_N, position_N, document_S, offset_S, begins_ST, tokens))
+        return Documents(*document_places(index_N, position_N, document_S, offset_S, begins_ST, tokens))
 
     def sources(self, documents: Sequence[int] | np.ndarray) -> list[tuple[str, int]]:
         """File (below the corpus's folder) and record in it, from 0, of documents of this split.

@@ -37,6 +37,7 @@ from actcache.corpus import tokenise
 from actcache.driver import Resolved, resolve
 from actcache.harvester import Harvester
 from actcache.store import Store, open_store
+from sae.evals.geometry import mean_matched
 
 SITE = "blocks.1.hook_resid_post"
 _CONTEXT = 256
@@ -263,48 +264,10 @@ def evaluate(
         l0, true_l0 = l0 + int(on_NL.sum()), true_l0 + int(active_NF.sum())
     variance = squared / n_rows - float((total_D / n_rows).square().sum())
     return {
-        "mcc": matched(cosine_LF.abs().numpy()),
+        "mcc": mean_matched(cosine_LF.abs().numpy()),
         "f1": float((2 * both / (fires + true).clamp(min=1)).mean()),  # 2PR / (P + R)
         "explained_variance": 1 - residual / n_rows / variance,
         "l0": l0 / n_rows,
         "true_l0": true_l0 / n_rows,
         "dead": int((fires == 0).sum()),
     }
-
-
-def matched(score_LF: np.ndarray) -> float:
-    """The largest mean score of pairs that use each row and each column once at most.
-
-    Shortest augmenting paths (Jonker and Volgenant 1987), one for each row of the shorter side.
-    """
-    cost = -np.asarray(score_LF, np.float64)
-    cost = cost if cost.shape[0] <= cost.shape[1] else cost.T
-    n, m = cost.shape
-    u, v = np.zeros(n), np.zeros(m)
-    row_of, column_of = np.full(m, -1), np.full(n, -1)
-    for first in range(n):
-        shortest, before = np.full(m, np.inf), np.full(m, -1)
-        done = np.zeros(m, bool)
-        row, reached, sink = first, 0.0, -1
-        rows = [first]
-        while sink < 0:
-            new = reached + cost[row] - u[row] - v
-            better = ~done & (new < shortest)
-            shortest[better], before[better] = new[better], row
-            column = int(np.where(done, np.inf, shortest).argmin())
-            reached = shortest[column]
-            done[column] = True
-            if row_of[column] < 0:
-                sink = column
-            else:
-                row = int(row_of[column])
-                rows.append(row)
-        u[first] += reached
-        for other in rows[1:]:
-            u[other] += reached - shortest[column_of[other]]
-        v[done] -= reached - shortest[done]
-        while sink >= 0:  # flip the path
-            row = int(before[sink])
-            row_of[sink] = row
-            column_of[row], sink = sink, int(column_of[row])
-    return float(-cost[np.arange(n), column_of].mean())

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .evals import evaluate
     from .export import export
     from .revival import AuxK, GhostGrads, Resampling
+    from .splicing import splice
     from .streams import ArrayStream
     from .train import NonFiniteLoss, train
     from .training import Training
@@ -38,6 +39,7 @@ _HOMES = {
     "evaluate": "evals",
     "export": "export",
     "load": "core",
+    "splice": "splicing",
     "train": "train",
 }
 
@@ -59,6 +61,7 @@ __all__ = [
     "evaluate",
     "export",
     "load",
+    "splice",
     "train",
 ]
 

@@ -102,6 +102,52 @@ def dataset_url(cfgs: Sequence[dict[str, Any]], given: str | None) -> str:
     help="Sequences run through the LM, from the first of the split.",
 )
 @click.option(
+    "--tokens",
+    "n_tokens",
+    type=click.IntRange(1),
+    help="Tokens run through the LM, rounded up to whole sequences; instead of --sequences.",
+)
+@click.option(
+    "--target-error",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="As many tokens as bring the standard error of CE recovered (zero) below this; instead of --sequences.",
+)
+@click.option(
+    "--join",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Sequences joined into one for the LM: losses by position beyond the harvested context.",
+)
+@click.option(
+    "--compat",
+    type=click.Choice(["saelens"]),
+    help="Ablate and count losses as SAELens and SAEBench do, to compare with their figures.",
+)
+@click.option(
+    "--token-sets",
+    is_flag=True,
+    help="Which kind of token each latent promotes (slow for large vocabularies).",
+)
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="NAME",
+    help="Also run a task: probing, brackets (bundled LM), ioi (GPT-2), or a JSONL file of prompt, answer and "
+    "wrong. Repeat for several; results go to tasks.json.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Ray actors that share the work; 0: this process. The figures are the same.",
+)
+@click.option(
+    "--gpus-per-worker", type=click.FloatRange(0), default=0, show_default=True, help="GPUs of an actor."
+)
+@click.option(
     "--rows", "n_rows", type=click.IntRange(1), help="Rows the SAEs see, from the first. Default: all."
 )
 @click.option("--force", is_flag=True, help="Evaluate again even where the same result is stored.")
@@ -114,6 +160,14 @@ def eval_command(
     model: str | None,
     no_model: bool,
     n_sequences: int,
+    n_tokens: int | None,
+    target_error: float | None,
+    join: int,
+    compat: str | None,
+    token_sets: bool,
+    tasks: tuple[str, ...],
+    workers: int,
+    gpus_per_worker: float,
     n_rows: int | None,
     force: bool,
     as_json: bool,
@@ -122,25 +176,54 @@ def eval_command(
     """Evaluate the SAEs in PATHS: SAE directories, or run directories that hold them, also at URLs.
 
     Writes eval.json and latents.parquet beside each local SAE and prints a table. A result of the same
-    SAE, data and settings is reused. Losses are in nats per token.
+    SAE, data and settings is reused. Losses are in nats per token; docs/evals.md explains the figures.
 
     \b
     Examples:
       python -m sae eval runs/x
       python -m sae eval runs/x/topk-6144-32 --no-model --rows 65536
-      python -m sae eval runs/x --data s3://bucket/prefix/NAME --json
+      python -m sae eval runs/x --data s3://bucket/prefix/NAME --workers 8 --target-error 0.001 --json
     """
     import actcache
     import sae
     from sae.evals.evaluation import evaluate_many
 
-    if model is not None and no_model:
-        raise SpecError("--model and --no-model contradict each other; give one of them.")
+    if no_model and (model is not None or tasks):
+        other = "--model" if model is not None else "--task"
+        raise SpecError(f"{other} and --no-model contradict each other; give one of them.")
     directories = [directory for path in paths for directory in find_saes(path, storage_options)]
     saes = [sae.load(directory, storage_options) for directory in directories]
     ds = actcache.open(dataset_url([s.cfg for s in saes], url), storage_options=storage_options)
     lm = None if no_model else model or ds.spec.model
-    results = evaluate_many(saes, ds, lm, split, n_sequences=n_sequences, n_rows=n_rows, reuse=not force)
+    if n_tokens is not None:
+        n_sequences = -(-n_tokens // ds.spec.context_size)
+    tokenizer = None
+    if lm is not None and (token_sets or tasks):
+        from actcache.lm import load_tokenizer
+
+        tokenizer = load_tokenizer(lm)
+    results = evaluate_many(
+        saes,
+        ds,
+        lm,
+        split,
+        n_sequences=n_sequences,
+        n_rows=n_rows,
+        target_error=target_error,
+        join=join,
+        compat=compat,
+        tokenizer=tokenizer if token_sets else None,
+        workers=workers,
+        gpus_per_worker=gpus_per_worker,
+        reuse=not force,
+    )
+    if tasks and lm is not None:
+        from actcache.lm import load_harvested_lm
+        from sae.evals.tasks import run_tasks
+
+        loaded = load_harvested_lm(ds.spec["model"], lm)
+        found = [run_tasks(s, ds, loaded, tokenizer, tasks) for s in saes]
+        results = [{**result, "tasks": by_task} for result, by_task in zip(results, found, strict=True)]
     if as_json:
         click.echo(json.dumps(results, indent=2))
     else:
@@ -161,8 +244,29 @@ def _print_table(directories: Sequence[Path | str], results: Sequence[dict[str, 
         table.add_row(str(directory).rsplit("/", 1)[-1], *values)
     console = Console(highlight=False)
     console.print(table, width=None if console.is_terminal else 120)
+    for directory, result in zip(directories, results, strict=True):
+        for name, found in result.get("tasks", {}).items():
+            click.echo(f"{str(directory).rsplit('/', 1)[-1]} {name}: {_task_line(found)}")
     first = results[0]
     click.echo(
         f"{first['split']} split: {first['n_rows']:,} rows"
         + (f", {first['n_sequences']:,} sequences through {first['model']['id']}" if first["model"] else "")
     )
+
+
+def _task_line(found: dict[str, Any]) -> str:
+    """A task's result in one line."""
+    if "skipped" in found:
+        return f"skipped: {found['skipped']}"
+    if "recovered" in found:
+        recovered = "undefined" if found["recovered"] is None else f"{found['recovered']:.3f}"
+        return f"logit difference recovered {recovered}, accuracy {found['accuracy']:.0%}"
+    parts = []
+    for label, scores in found.items():
+        if "skipped" in scores:
+            parts.append(f"{label} skipped")
+        else:
+            parts.append(
+                f"{label} AUC {scores['k1']['auc']:.2f} by one latent, {scores['dense']['auc']:.2f} dense"
+            )
+    return "; ".join(parts)

@@ -1,43 +1,34 @@
-"""Evaluate SAEs on a split: one pass over its rows for all of them, one over its sequences per LM.
+"""Evaluate SAEs on a split: one pass over its rows for all of them, one over its sequences in the LM.
 
-Owns the result (`eval.json`, `latents.parquet` beside the SAE) and when it may be reused. The
-figures are defined in `reconstruction`, `latents` and `language_model`; this file only feeds them.
+Owns the result (`eval.json`, `latents.parquet` beside the SAE, and every result by its key in `evals/`)
+and when it may be reused. The figures are defined in the modules that sum them; this file feeds them.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from actcache.errors import NonFiniteActivation, SpecError
 from actcache.progress import Progress
+from sae.evals import language_model as lm_pass
 from sae.evals.definitions import EVAL_VERSION
-from sae.evals.language_model import Losses, lm_metrics, measure_losses
-from sae.evals.latents import LatentStats, sparse_codes
-from sae.evals.reconstruction import Reconstruction
+from sae.evals.latents import write_parquet
+from sae.evals.row_pass import Reference, RowSums, empty_sums
+from sae.evals.rows import EVAL_BATCH
+from sae.evals.workers import Call, EvalJob, EvalWorker, LocalPool, RayPool, open_pool
 
-_CHUNK_ROWS = 4096  # 100 MB of float32 latents at d_sae 6144
+_PILOT_SEQUENCES = 64
+COMPAT = (None, "saelens")
 
 
-def evaluate(
-    s: Any,
-    ds: Any,
-    model: Any = None,
-    split: str = "validation",
-    *,
-    n_sequences: int = 256,
-    n_rows: int | None = None,
-    reuse: bool = True,
-) -> dict[str, Any]:
-    """The metrics of one SAE on a split of a dataset; see `evaluate_many`."""
-    return evaluate_many([s], ds, model, split, n_sequences=n_sequences, n_rows=n_rows, reuse=reuse)[0]
+def evaluate(s: Any, ds: Any, model: Any = None, split: str = "validation", **options: Any) -> dict[str, Any]:
+    """The metrics of one SAE on a split of a dataset; see `evaluate_many`, which takes the same options."""
+    return evaluate_many([s], ds, model, split, **options)[0]
 
 
 def evaluate_many(
@@ -48,39 +39,79 @@ def evaluate_many(
     *,
     n_sequences: int = 256,
     n_rows: int | None = None,
+    target_error: float | None = None,
+    join: int = 1,
+    compat: str | None = None,
+    tokenizer: Any = None,
+    workers: int = 0,
+    gpus_per_worker: float = 0,
     reuse: bool = True,
 ) -> list[dict[str, Any]]:
     """The metrics of several SAEs, each as plain JSON, in the order given.
 
     The rows of each site are read once for all its SAEs; the clean and ablated losses are
     computed once per LM and per site. An SAE that has a directory (`s.path`) gets `eval.json`
-    and `latents.parquet` there. Deterministic: rows and sequences are taken in stored order.
+    and `latents.parquet` there. Deterministic, whatever `workers` is: rows and sequences are taken in
+    stored order, in parts whose sums are added in one order.
 
     Args:
         saes: what `sae.train` or `sae.load` returned, of any sites of `ds`.
-        ds: what `actcache.open` returned.
+        ds: what `actcache.open` returned; another than the one they were trained on shows transfer.
         model: a path or hub id, an `actcache.lm.LM`, or None for the metrics that need no LM.
         split: the split of `ds` that is evaluated.
         n_sequences: sequences run through the LM, from the first; fewer where the split has fewer.
         n_rows: rows the SAEs see, from the first (rows are shuffled inside blocks); None for all.
+        target_error: take as many sequences as a pilot of 64 says that the standard error of
+            ce_recovered_zero needs to be this small for every SAE, at most all; instead of `n_sequences`.
+        join: sequences joined into one for the LM, for contexts `join` times as long as harvested.
+        compat: "saelens" counts losses as SAELens and SAEBench do (`language_model`).
+        tokenizer: the LM's, for token-set enrichment of each latent; None leaves it out.
+        workers: Ray actors; 0 computes in this process.
+        gpus_per_worker: of each actor.
         reuse: return the stored result where SAE, dataset, version and all settings are the same.
 
     Raises:
         SpecError: an SAE's site is not in `ds`, the split is empty, or the LM is not the harvested one.
+        WorkerLost: actors died three times over one part.
     """
+    if compat not in COMPAT:
+        raise SpecError(f"compat is {compat!r}; it must be 'saelens' or None.")
+    if join < 1:
+        raise SpecError(f"join is {join}; it must be at least 1 sequence.")
     view = ds.split(split)
     for s in saes:
         _check(s, ds, view, split)
-    lm = _load(model, ds, _device(saes[0])) if saes else None
+    if model is not None and not isinstance(model, str):
+        from actcache.lm import check_harvested
+
+        check_harvested(model, ds.spec["model"])
     n_rows = view.n_rows if n_rows is None else min(n_rows, view.n_rows)
-    n_sequences = min(n_sequences, view.n_sequences) if lm else 0
-    keys = [_key(s, ds, lm, split, n_rows, n_sequences) for s in saes]
+    n_sequences = min(n_sequences, view.n_sequences) if model is not None else 0
+    settings = {
+        "target_error": target_error,
+        "join": join,
+        "compat": compat,
+        "token_sets": tokenizer is not None,
+    }
+    keys = [_key(s, ds, model, split, n_rows, n_sequences, settings) for s in saes]
     results = [_stored(s, key) if reuse else None for s, key in zip(saes, keys, strict=True)]
     todo = [i for i, result in enumerate(results) if result is None]
-    fresh = _evaluate([saes[i] for i in todo], ds, view, lm, n_rows, n_sequences) if todo else []
-    for i, (figures, latents) in zip(todo, fresh, strict=True):
-        results[i] = {**keys[i], **figures}
-        _store(saes[i], results[i], latents)
+    if todo:
+        job = EvalJob(
+            saes=[saes[i] for i in todo],
+            ds=ds,
+            split=split,
+            n_rows=n_rows,
+            model=model,
+            compat=compat,
+            join=join,
+            tokenizer=tokenizer,
+            references=_references(ds, [saes[i].cfg["site"] for i in todo]),
+        )
+        fresh = _evaluate(job, n_sequences, target_error, workers, gpus_per_worker)
+        for i, (figures, columns) in zip(todo, fresh, strict=True):
+            results[i] = {**keys[i], **figures}
+            _store(saes[i], keys[i], results[i], columns)
     return [result for result in results if result is not None]
 
 
@@ -92,8 +123,14 @@ def digest(s: Any) -> str:
     for name, tensor in sorted(s.state_dict().items()):
         t = tensor.detach().cpu().contiguous()
         h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        h.update(t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b"")
+        h.update(t.reshape(-1).view(_bytes()).numpy().tobytes() if t.numel() else b"")
     return h.hexdigest()
+
+
+def _bytes() -> Any:
+    import torch
+
+    return torch.uint8
 
 
 def _check(s: Any, ds: Any, view: Any, split: str) -> None:
@@ -107,74 +144,133 @@ def _check(s: Any, ds: Any, view: Any, split: str) -> None:
         raise SpecError(f"the {split} split of {ds.url} has no rows. Choose another with --split.")
 
 
-def _load(model: Any, ds: Any, device: torch.device) -> Any:
-    """The LM, in the dtype of the harvest; its weights must be those that the dataset came from."""
-    from actcache.lm import check_harvested, load_harvested_lm
-
-    if model is None:
-        return None
-    if isinstance(model, str):
-        return load_harvested_lm(ds.spec["model"], model, device=str(device))
-    check_harvested(model, ds.spec["model"])
-    return model
+def _references(ds: Any, sites: Sequence[str]) -> dict[str, Reference]:
+    found = {}
+    for site in sorted(set(sites)):
+        stats = ds.stats(site)
+        found[site] = Reference(np.asarray(stats["mean"], np.float64), float(stats["mean_norm"]))
+    return found
 
 
-def _key(s: Any, ds: Any, lm: Any, split: str, n_rows: int, n_sequences: int) -> dict[str, Any]:
+def _key(
+    s: Any, ds: Any, model: Any, split: str, n_rows: int, n_sequences: int, settings: dict[str, Any]
+) -> dict[str, Any]:
     """What decides the figures; the head of every result."""
-    lm_id = {"id": lm.model_id, "revision": lm.revision, "lm_dtype": lm.lm_dtype} if lm else None
-    names = ("architecture", "d_in", "d_sae", "k", "site")
+    harvested = ds.spec["model"]
+    names = ("id", "revision", "lm_dtype")
     return {
         "eval_version": EVAL_VERSION,
-        "sae": {"digest": digest(s), **{name: s.cfg.get(name) for name in names}},
+        "sae": {
+            "digest": digest(s),
+            **{name: s.cfg.get(name) for name in ("architecture", "d_in", "d_sae", "k", "site")},
+        },
         "dataset": ds.id,
         "split": split,
         "n_rows": n_rows,
         "n_sequences": n_sequences,
-        "model": lm_id,
+        "model": None if model is None else {name: harvested[name] for name in names},
+        "eval_batch_sequences": EVAL_BATCH,
+        "settings": settings,
     }
 
 
-def _stored(s: Any, key: dict[str, Any]) -> dict[str, Any] | None:
-    """The result beside the SAE, if it is of the same version, SAE, data and settings."""
-    path = getattr(s, "path", None)
-    if path is None or not (Path(path) / "latents.parquet").exists():
-        return None
-    try:
-        result = json.loads((Path(path) / "eval.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    same = isinstance(result, dict) and all(result.get(name) == value for name, value in key.items())
-    return result if same else None
+# The files
 
 
-def _store(s: Any, result: dict[str, Any] | None, latents: LatentStats) -> None:
+def _place(s: Any, key: dict[str, Any]) -> Path | None:
+    """Where the result of this key is kept beside the SAE, without the suffix."""
     path = getattr(s, "path", None)
     if path is None:
+        return None
+    settings = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    return (
+        Path(path) / "evals" / f"v{EVAL_VERSION}-{key['dataset'][:12]}-{key['sae']['digest'][:12]}-{settings}"
+    )
+
+
+def _stored(s: Any, key: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of the same version, SAE, data and settings, if there is one; it becomes the current one."""
+    place = _place(s, key)
+    if place is None or not place.with_suffix(".parquet").exists():
+        return None
+    try:
+        text = place.with_suffix(".json").read_text()
+        result = json.loads(text)
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    asked = {name: value for name, value in key.items() if name != "n_sequences"}
+    if not isinstance(result, dict) or any(result.get(name) != value for name, value in asked.items()):
+        return None
+    _make_current(place)
+    return result
+
+
+def _store(s: Any, key: dict[str, Any], result: dict[str, Any] | None, columns: dict[str, Any]) -> None:
+    place = _place(s, key)
+    if place is None:
         return
-    latents.write_parquet(Path(path) / "latents.parquet")
-    partial_file = Path(path) / "eval.json.partial"
-    partial_file.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    partial_file.replace(Path(path) / "eval.json")
+    place.parent.mkdir(exist_ok=True)
+    write_parquet(place.with_suffix(".parquet"), columns)
+    _replace(place.with_suffix(".json"), (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
+    _make_current(place)
+
+
+def _make_current(place: Path) -> None:
+    """`eval.json` and `latents.parquet` are those of the evaluation asked for last."""
+    directory = place.parent.parent
+    for suffix, name in ((".parquet", "latents.parquet"), (".json", "eval.json")):
+        data = place.with_suffix(suffix).read_bytes()
+        if not (directory / name).exists() or (directory / name).read_bytes() != data:
+            _replace(directory / name, data)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+# The passes
 
 
 def _evaluate(
-    saes: Sequence[Any], ds: Any, view: Any, lm: Any, n_rows: int, n_sequences: int
-) -> list[tuple[dict[str, Any], LatentStats]]:
-    """The figures of each SAE in evaluation mode; training mode is restored afterwards."""
-    was_training = [s.training for s in saes]
-    for s in saes:
+    job: EvalJob, n_sequences: int, target_error: float | None, workers: int, gpus_per_worker: float
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Figures and columns of each SAE in evaluation mode; training mode is restored afterwards."""
+    was_training = [s.training for s in job.saes]
+    for s in job.saes:
         s.eval()
     try:
-        from_rows = _row_figures(saes, view, n_rows)
-        from_lm = _lm_figures(saes, ds, view, lm, n_sequences)
+        with open_pool(job, workers, gpus_per_worker) as pool:
+            sums = _row_sums(pool, job)
+            from_lm = _lm_figures(pool, job, n_sequences, target_error)
+            weights = list(pool.run([("weights", (i,)) for i in range(len(job.saes))]))
     finally:
-        for s, mode in zip(saes, was_training, strict=True):
+        for s, mode in zip(job.saes, was_training, strict=True):
             s.train(mode)
-    results = []
-    for s, (figures, stats), more in zip(saes, from_rows, from_lm, strict=True):
-        _check_finite(s, {**figures, **more})
-        results.append(({**figures, **more}, stats))
-    return results
+    found = []
+    for s, rows, more, columns in zip(job.saes, sums.saes, from_lm, weights, strict=True):
+        figures = rows.figures(sums.sites[s.cfg["site"]])
+        errors = {**figures.pop("standard_errors"), **more.pop("standard_errors", {})}
+        breakdowns = {**figures.pop("breakdowns"), **more.pop("breakdowns", {})}
+        extra = {"standard_errors": errors, "breakdowns": breakdowns}
+        result = {**figures, **_weight_figures(rows, columns), **more, **extra}
+        _check_finite(s, result)
+        found.append((result, {**rows.columns(), **columns}))
+    return found
+
+
+def _weight_figures(rows: Any, columns: dict[str, Any]) -> dict[str, float]:
+    """Figures of latents that are alive, from the columns that weights give."""
+    alive_F = rows.latents.fires_F > 0
+    found = {}
+    if "nearest_cosine" in columns:
+        found["decoder_max_cosine"] = float(columns["nearest_cosine"].mean())
+    if "logit_kurtosis" in columns:
+        kurtosis = columns["logit_kurtosis"][alive_F]
+        if np.isfinite(kurtosis).any():
+            found["logit_kurtosis"] = float(np.nanmedian(kurtosis))
+    return found
 
 
 def _check_finite(s: Any, figures: dict[str, Any]) -> None:
@@ -190,59 +286,81 @@ def _name(s: Any) -> str:
     return str(s.path) if getattr(s, "path", None) else f"the {s.cfg['architecture']} SAE of {s.cfg['site']}"
 
 
-@torch.no_grad()
-def _row_figures(saes: Sequence[Any], view: Any, n_rows: int) -> list[tuple[dict[str, Any], LatentStats]]:
-    recon = [Reconstruction(int(s.cfg["d_in"])) for s in saes]
-    stats = [LatentStats(int(s.cfg["d_sae"])) for s in saes]
-    sites = sorted({s.cfg["site"] for s in saes})
-    with Progress("evaluating rows", total=n_rows, unit="rows") as progress:
-        for start in range(0, n_rows, _CHUNK_ROWS):
-            where = slice(start, min(start + _CHUNK_ROWS, n_rows))
-            rows = view.rows(where)
-            acts = {site: _tensor(view.read(site, where)) for site in sites}
-            for i, s in enumerate(saes):
-                acts_ND = acts[s.cfg["site"]].to(_device(s))
-                latents_NF = s.encode(acts_ND)
-                recon[i].update(acts_ND, s.decode(latents_NF))
-                stats[i].update(sparse_codes(latents_NF), rows.sequence, rows.position)
-            progress.advance(where.stop - where.start)
-    return [
-        ({**u.metrics(), **r.metrics(), "histograms": u.histograms()}, u)
-        for r, u in zip(recon, stats, strict=True)
-    ]
+def _row_sums(pool: LocalPool | RayPool, job: EvalJob) -> RowSums:
+    n_parts = EvalWorker(job).n_parts
+    total = empty_sums(job.saes, int(job.ds.spec.context_size))  # of our own: what Ray hands out is read-only
+    with Progress("evaluating rows", total=job.n_rows, unit="rows") as progress:
+        for sums in pool.run([("rows", (i,)) for i in range(n_parts)]):
+            progress.advance(sums.saes[0].recon.n_rows)
+            total.merge(sums)
+    return total
 
 
-def _tensor(acts_ND: np.ndarray) -> Tensor:
-    return torch.from_numpy(
-        np.require(acts_ND, np.float32, ["C", "W"])
-    )  # a reader may hand out read-only memory
-
-
-def _device(s: Any) -> torch.device:
-    return next(iter(s.parameters()), torch.zeros(())).device
-
-
-def _lm_figures(saes: Sequence[Any], ds: Any, view: Any, lm: Any, n_sequences: int) -> list[dict[str, Any]]:
-    if lm is None:
-        return [{} for _ in saes]
-    interventions: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {}
-    for i, s in enumerate(saes):
-        site = s.cfg["site"]
-        mean_D = torch.as_tensor(ds.stats(site)["mean"], dtype=torch.float32, device=lm.device)
-        interventions[f"zero:{site}"] = (site, torch.zeros_like)
-        interventions[f"mean:{site}"] = (site, mean_D.expand_as)
-        interventions[f"spliced:{i}"] = (site, partial(_reconstruct, s))
-    losses: dict[str, Losses] = {}
-    with Progress("evaluating the language model", total=n_sequences, unit="sequences") as progress:
-        losses = measure_losses(lm, view, interventions, n_sequences, progress.advance)
+def _lm_figures(
+    pool: LocalPool | RayPool, job: EvalJob, n_sequences: int, target_error: float | None
+) -> list[dict[str, Any]]:
+    if job.model is None:
+        return [{} for _ in job.saes]
+    losses: dict[str, lm_pass.Losses] = {}
+    available = job.ds.split(job.split).n_sequences
+    if target_error is not None:
+        pilot = min(_PILOT_SEQUENCES, available)
+        _add_losses(pool, losses, 0, pilot, job.join)
+        n_sequences = _sequences_for(job, losses, pilot, target_error, available)
+        _add_losses(pool, losses, pilot, n_sequences, job.join)
+    else:
+        _add_losses(pool, losses, 0, n_sequences, job.join)
     figures = []
-    for i, s in enumerate(saes):
-        zero, mean = losses[f"zero:{s.cfg['site']}"], losses[f"mean:{s.cfg['site']}"]
-        metrics, errors = lm_metrics(losses["clean"], losses[f"spliced:{i}"], zero, mean)
-        figures.append({**metrics, "standard_errors": errors, "n_tokens": sum(losses["clean"].n_tokens)})
+    for i, s in enumerate(job.saes):
+        clean, zero, mean = (
+            losses[name] for name in ("clean", f"zero:{s.cfg['site']}", f"mean:{s.cfg['site']}")
+        )
+        spliced, random = losses[f"spliced:{i}"], losses[f"random:{i}"]
+        metrics, errors = lm_pass.lm_metrics(clean, spliced, zero, mean, random)
+        by_position = lm_pass.losses_by_position(clean, spliced, zero, int(job.ds.spec.context_size))
+        figures.append(
+            {
+                **metrics,
+                "standard_errors": errors,
+                "breakdowns": {"loss_by_position": by_position},
+                "n_tokens": clean.n_tokens,
+                "n_sequences": n_sequences,
+            }
+        )
     return figures
 
 
-def _reconstruct(s: Any, acts_MD: Tensor) -> Tensor:
-    recon_MD: Tensor = s(acts_MD.to(_device(s)))
-    return recon_MD.to(acts_MD.device)
+def _add_losses(
+    pool: LocalPool | RayPool, losses: dict[str, lm_pass.Losses], start: int, stop: int, join: int
+) -> None:
+    """Add the losses of sequences [start, stop)."""
+    spans = list(_spans(start, stop, lm_pass.PART_SEQUENCES * join))
+    calls: list[Call] = [("losses", span) for span in spans]
+    with Progress("evaluating the language model", total=stop - start, unit="sequences") as progress:
+        for span, found in zip(spans, pool.run(calls), strict=True):
+            for name, sums in found.items():
+                losses.setdefault(name, lm_pass.Losses()).merge(sums)
+            progress.advance(span[1] - span[0])
+
+
+def _spans(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+    for first in range(start, stop, step):
+        yield first, min(first + step, stop)
+
+
+def _sequences_for(
+    job: EvalJob, losses: dict[str, lm_pass.Losses], pilot: int, target: float, available: int
+) -> int:
+    """Sequences for the standard error of ce_recovered_zero to be `target`: errors fall with their root.
+
+    Rounded up to whole eval batches; no fewer than the pilot.
+    """
+    needed = pilot
+    for i, s in enumerate(job.saes):
+        clean, zero, spliced = losses["clean"], losses[f"zero:{s.cfg['site']}"], losses[f"spliced:{i}"]
+        _, errors = lm_pass.lm_metrics(clean, spliced, zero, zero, zero)
+        error = errors.get("ce_recovered_zero")
+        if error is not None:
+            needed = max(needed, math.ceil(pilot * (error / target) ** 2))
+    whole = -(-needed // EVAL_BATCH) * EVAL_BATCH
+    return min(whole, available)

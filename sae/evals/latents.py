@@ -1,19 +1,20 @@
 """What each latent does: how often, how strongly and where it fires.
 
-Owns the mergeable per-latent accumulator (one pass, the top K places of each latent kept), the
-parquet table written from it, and the second, narrow pass that gives the activations around
+Owns the codes of a chunk of rows, the mergeable per-latent accumulator (one pass, the top K places of
+each latent kept), the parquet table of latents, and the second, narrow pass that gives the activations around
 those places for the report. Never touches the LM.
 
-Definitions (evaluation version 1): a latent *fires* on a row where its activation is not 0;
+Definitions: a latent *fires* on a row where its activation is not 0;
     density = rows on which it fires / rows evaluated; *dead* = fires on none of them;
-    l0 = mean number of latents that fire on a row; l1 = mean sum of |activation| over a row.
+    l0 = mean number of latents that fire on a row; l1 = mean sum of |activation| over a row;
+    firings over x = firings of latents with density > x / all firings (SAEBench's normalised forms).
 The top places of a latent are its K largest positive activations; equal values are ordered by
 (sequence, position), so the choice does not depend on how the rows were chunked or merged.
 
 Shapes: N rows, F d_sae, K places kept, T tokens, C non-zero codes of a chunk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +22,9 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
+
+from sae.core import SAE
+from sae.select import Scratch, largest_per_row
 
 _DENSITY_BINS = 48  # eight per decade from 1e-6 to 1
 _L0_BINS = 50
@@ -38,11 +42,51 @@ class Codes:
 
 def sparse_codes(latents_NF: Tensor) -> Codes:
     """The non-zero entries of dense latents, row by row; the only scan over all N x F values."""
-    row_C, latent_C = latents_NF.nonzero(as_tuple=True)
-    value_C = latents_NF[row_C, latent_C]
-    return Codes(
-        latents_NF.shape[0], row_C.cpu().numpy(), latent_C.cpu().numpy(), value_C.float().cpu().numpy()
+    n_rows, d_sae = latents_NF.shape
+    at_C = _nonzero(latents_NF)
+    value_C = latents_NF.reshape(-1)[at_C].float().cpu().numpy()
+    row_C, latent_C = np.divmod(at_C.cpu().numpy(), d_sae)
+    return Codes(n_rows, row_C, latent_C, value_C)
+
+
+def encode(s: Any, acts_ND: Tensor) -> tuple[Codes, Tensor]:
+    """Codes and reconstruction [N, D] of rows; an `sae.SAE` is decoded from the codes alone."""
+    if not isinstance(s, SAE):
+        latents_NF = s.encode(acts_ND)
+        return sparse_codes(latents_NF), s.decode(latents_NF)
+    row_M, latent_M, value_M = _sparse(s, acts_ND.to(s.dtype))
+    starts_N = torch.searchsorted(row_M, torch.arange(len(acts_ND), device=row_M.device))
+    recon_ND = torch.nn.functional.embedding_bag(
+        latent_M, s.W_dec, starts_N, mode="sum", per_sample_weights=value_M
     )
+    codes = Codes(len(acts_ND), row_M.cpu().numpy(), latent_M.cpu().numpy(), value_M.float().cpu().numpy())
+    return codes, recon_ND + s.b_dec
+
+
+def _sparse(s: SAE, acts_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, latent and value of what is not zero, row by row."""
+    if s.cfg["architecture"] == "topk":  # what is kept is known: no [N, F] zeros to fill and to search
+        hidden_NF = torch.addmm(s.b_enc, acts_ND - s.b_dec, s.W_enc)
+        if hidden_NF.device.type == "cpu" and hidden_NF.dtype == torch.float32:
+            # as training chooses: torch.topk took a quarter of the pass
+            entries = largest_per_row(hidden_NF, int(s.cfg["k"]), Scratch()).positive()
+            found = (entries.rows, entries.columns, entries.values)
+            return torch.from_numpy(found[0]), torch.from_numpy(found[1]), torch.from_numpy(found[2])
+        value_NK, latent_NK = torch.topk(hidden_NF.relu_(), int(s.cfg["k"]), dim=-1, sorted=False)
+        row_M, place_M = value_NK.nonzero(as_tuple=True)
+        return row_M, latent_NK[row_M, place_M], value_NK[row_M, place_M]
+    latents_NF = s.encode(acts_ND)
+    at_M = _nonzero(latents_NF)
+    row_M = at_M // latents_NF.shape[1]
+    return row_M, at_M - row_M * latents_NF.shape[1], latents_NF.view(-1)[at_M]
+
+
+def _nonzero(latents_NF: Tensor) -> Tensor:
+    """Places in the flat tensor of what is not zero; on a CPU numpy finds them several times faster."""
+    flat = latents_NF.contiguous().view(-1)
+    if flat.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(flat.ne(0).numpy()))
+    return flat.nonzero()[:, 0]
 
 
 class LatentStats:
@@ -61,6 +105,8 @@ class LatentStats:
         self._top_sequence = np.zeros(0, np.int64)
         self._top_position = np.zeros(0, np.int64)
         self._floor_F = np.zeros(d_sae, np.float32)  # smallest kept value once K places are kept
+        self._waiting: list[tuple[np.ndarray, ...]] = []  # places not ranked yet
+        self._n_waiting = 0
 
     def update(self, codes: Codes, sequence_N: np.ndarray, position_N: np.ndarray) -> None:
         """Count one chunk; `sequence_N`, `position_N` say where its rows come from."""
@@ -77,6 +123,7 @@ class LatentStats:
 
     def merge(self, other: Self) -> None:
         """Add the rows that `other` has seen. Both keep the same number of places."""
+        other.rank()
         if (self.d_sae, self.top_k) != (other.d_sae, other.top_k):
             raise ValueError(f"cannot merge statistics of {other.d_sae} latents into {self.d_sae}")
         self.n_rows += other.n_rows
@@ -88,23 +135,31 @@ class LatentStats:
         self._add_places(other._top_latent, other._top_value, other._top_sequence, other._top_position)
 
     def _add_places(self, latent: np.ndarray, value: np.ndarray, seq: np.ndarray, pos: np.ndarray) -> None:
-        if len(latent) == 0:
+        if len(latent):
+            self._waiting.append((latent, value, seq, pos))
+            self._n_waiting += len(latent)
+        if self._n_waiting > 4 * self.top_k * self.d_sae:  # ranking each chunk took a third of the pass
+            self.rank()
+
+    def rank(self) -> None:
+        """Keep the K best of what is kept and what waits; called where sums leave for another process."""
+        if not self._waiting:
             return
-        latent = np.concatenate([self._top_latent, latent])
-        value = np.concatenate([self._top_value, value])
-        seq = np.concatenate([self._top_sequence, seq])
-        pos = np.concatenate([self._top_position, pos])
+        kept = (self._top_latent, self._top_value, self._top_sequence, self._top_position)
+        latent, value, seq, pos = (np.concatenate(parts) for parts in zip(kept, *self._waiting, strict=True))
+        self._waiting, self._n_waiting = [], 0
         order = np.lexsort((pos, seq, -value, latent))
         latent = latent[order]
         first = np.searchsorted(latent, latent, side="left")
         rank = np.arange(len(latent)) - first
-        kept = order[rank < self.top_k]
+        best = order[rank < self.top_k]
         self._floor_F[latent[rank == self.top_k - 1]] = value[order][rank == self.top_k - 1]
         self._top_latent = latent[rank < self.top_k]
-        self._top_value, self._top_sequence, self._top_position = value[kept], seq[kept], pos[kept]
+        self._top_value, self._top_sequence, self._top_position = value[best], seq[best], pos[best]
 
     def top(self, latent: int) -> list[tuple[int, int, float]]:
         """(sequence, position, value) of the largest activations of one latent, largest first."""
+        self.rank()
         lo, hi = np.searchsorted(self._top_latent, [latent, latent + 1])
         places = zip(
             self._top_sequence[lo:hi], self._top_position[lo:hi], self._top_value[lo:hi], strict=True
@@ -124,9 +179,16 @@ class LatentStats:
             "l1": self._abs_sum / n,
             "dead_latents": dead,
             "dead_share": dead / self.d_sae,
+            "alive_share": 1 - dead / self.d_sae,
             "latents_over_1pct": int((self.density_F > 0.01).sum()),
             "latents_over_10pct": int((self.density_F > 0.1).sum()),
+            "firings_over_1pct": self._share_of_firings(0.01),
+            "firings_over_10pct": self._share_of_firings(0.1),
         }
+
+    def _share_of_firings(self, density: float) -> float:
+        total = int(self.fires_F.sum())
+        return int(self.fires_F[self.density_F > density].sum()) / total if total else 0.0
 
     def histograms(self) -> dict[str, dict[str, Any]]:
         """Rows by L0 (bins [edge, next edge)) and living latents by log10 density."""
@@ -143,11 +205,11 @@ class LatentStats:
             "log10_density": {"edges": log_edges.tolist(), "counts": log_counts.tolist()},
         }
 
-    def write_parquet(self, path: Path) -> None:
-        """One row per latent: latent, fires, density, mean and max activation, top places."""
+    def columns(self) -> dict[str, Any]:
+        """Columns of `latents.parquet`: fires, density, mean and max activation, the top places."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
+        self.rank()
         bounds = np.searchsorted(self._top_latent, np.arange(self.d_sae + 1)).astype(np.int32)
         table = {
             "latent": pa.array(np.arange(self.d_sae, dtype=np.int32)),
@@ -162,9 +224,17 @@ class LatentStats:
             ("top_value", self._top_value),
         ):
             table[name] = pa.ListArray.from_arrays(pa.array(bounds), pa.array(values))
-        partial = path.with_name(path.name + ".partial")
-        pq.write_table(pa.table(table), partial, compression="zstd")
-        partial.replace(path)
+        return table
+
+
+def write_parquet(path: Path, columns: Mapping[str, Any]) -> None:
+    """One row per latent; numpy arrays or Arrow's. The file appears whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    partial = path.with_name(path.name + ".partial")
+    pq.write_table(pa.table(dict(columns)), partial, compression="zstd")
+    partial.replace(path)
 
 
 def read_parquet(path: Path) -> list[dict[str, Any]]:

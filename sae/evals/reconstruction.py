@@ -4,20 +4,64 @@ Owns the mergeable accumulator of everything that needs only `x` and `x_hat`: su
 so any partition of the rows, merged in any order, gives the same figures (to about 1e-12).
 Never touches the LM or a store.
 
-Definitions (evaluation version 1; sums and means over the evaluated rows):
+Definitions (sums and means over the evaluated rows):
     fvu = sum ||x - x_hat||^2 / sum ||x - mu||^2, mu the mean of all evaluated rows
     explained_variance = 1 - fvu
     mse = mean ||x - x_hat||^2 (summed over dimensions, as SAELens)
     cosine = mean cos(x, x_hat), 0 where x_hat is 0; rows with x = 0 are left out
     l2_ratio = mean ||x_hat|| / ||x||; rows with x = 0 are left out
+    relative_bias = sum ||x_hat||^2 / sum x . x_hat: the reconstruction is best shrunk by so much; below
+        1 the SAE shrinks (Rajamanoharan et al. 2024, arXiv:2404.16014, eq. 10)
+    shrinkage = 1 - relative_bias
 
 Shapes: N rows, D d_in.
 """
 
+from dataclasses import dataclass, fields
 from typing import Self
 
 import numpy as np
+import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowValues:
+    """What is known of each row: float64 [N]."""
+
+    error_N: np.ndarray
+    """||x - x_hat||^2"""
+    norm_N: np.ndarray
+    """||x||"""
+    recon_norm_N: np.ndarray
+    """||x_hat||"""
+    dot_N: np.ndarray
+    """x . x_hat"""
+
+    @property
+    def cosine_N(self) -> np.ndarray:
+        """0 where either is 0."""
+        product_N = self.norm_N * self.recon_norm_N
+        return np.divide(self.dot_N, product_N, out=np.zeros_like(product_N), where=product_N > 0)
+
+    @property
+    def ratio_N(self) -> np.ndarray:
+        """||x_hat|| / ||x||; 0 where x is 0."""
+        return np.divide(
+            self.recon_norm_N, self.norm_N, out=np.zeros_like(self.norm_N), where=self.norm_N > 0
+        )
+
+
+def row_values(acts_ND: Tensor, recon_ND: Tensor) -> RowValues:
+    """Float64 throughout, on the tensors' device; only [N] leaves it."""
+    x, y = acts_ND.double(), recon_ND.double()
+    values = ((x - y).square().sum(1), x.norm(dim=1), y.norm(dim=1), torch.linalg.vecdot(x, y))
+    return RowValues(*(v.cpu().numpy() for v in values))
+
+
+def join_values(parts: list[RowValues]) -> RowValues:
+    """The rows of `parts`, one after the other."""
+    return RowValues(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(RowValues)))
 
 
 class Reconstruction:
@@ -31,26 +75,28 @@ class Reconstruction:
         self._n_nonzero = 0  # rows with ||x|| > 0: the denominator of cosine and l2_ratio
         self._cosine = 0.0
         self._ratio = 0.0
+        self._recon_square = 0.0
+        self._dot = 0.0
 
-    def update(self, acts_ND: Tensor, recon_ND: Tensor) -> None:
-        """Count the rows of one chunk; the tensors stay on their device, only sums leave it."""
-        x, y = acts_ND.double(), recon_ND.double()
-        part = Reconstruction(x.shape[1])
-        part.n_rows = x.shape[0]
+    def update(self, acts_ND: Tensor, recon_ND: Tensor) -> RowValues:
+        """Count the rows of one chunk, and give their values; the tensors stay on their device."""
+        values = row_values(acts_ND, recon_ND)
+        part = Reconstruction(acts_ND.shape[1])
+        part.n_rows = acts_ND.shape[0]
         if part.n_rows == 0:
-            return
+            return values
+        x = acts_ND.double()
         mean_D = x.mean(0)
         part._mean_D = mean_D.cpu().numpy()
         part._scatter = float((x - mean_D).square().sum())
-        part._error = float((x - y).square().sum())
-        norm_N, recon_norm_N = x.norm(dim=1), y.norm(dim=1)
-        seen_N = norm_N > 0
-        norm_N, recon_norm_N, dot_N = norm_N[seen_N], recon_norm_N[seen_N], (x * y).sum(1)[seen_N]
-        part._n_nonzero = int(seen_N.sum())
-        product_N = norm_N * recon_norm_N
-        part._cosine = float((dot_N / product_N.where(recon_norm_N > 0, product_N.new_ones(()))).sum())
-        part._ratio = float((recon_norm_N / norm_N).sum())
+        part._error = float(values.error_N.sum())
+        part._n_nonzero = int((values.norm_N > 0).sum())
+        part._cosine = float(values.cosine_N.sum())
+        part._ratio = float(values.ratio_N.sum())
+        part._recon_square = float(np.square(values.recon_norm_N).sum())
+        part._dot = float(values.dot_N.sum())
         self.merge(part)
+        return values
 
     def merge(self, other: Self) -> None:
         """Add the rows that `other` has seen (Chan et al. 1979: the scatter of two parts around one mean)."""
@@ -65,14 +111,19 @@ class Reconstruction:
         self._n_nonzero += other._n_nonzero
         self._cosine += other._cosine
         self._ratio += other._ratio
+        self._recon_square += other._recon_square
+        self._dot += other._dot
 
     def metrics(self) -> dict[str, float | None]:
         """The figures defined above; None where the rows leave one undefined (all equal, all zero)."""
         fvu = self._error / self._scatter if self._scatter > 0 else None
+        bias = self._recon_square / self._dot if self._dot else None
         return {
             "fvu": fvu,
             "explained_variance": None if fvu is None else 1.0 - fvu,
             "mse": self._error / self.n_rows if self.n_rows else None,
             "cosine": self._cosine / self._n_nonzero if self._n_nonzero else None,
             "l2_ratio": self._ratio / self._n_nonzero if self._n_nonzero else None,
+            "relative_bias": bias,
+            "shrinkage": None if bias is None else 1.0 - bias,
         }

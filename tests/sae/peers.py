@@ -21,17 +21,25 @@ OTHERS = [
 READING = ["fsspec", "s3fs", "pyarrow", "click", "rich"]
 
 
+SAEBENCH = "sae-bench==0.6.0"  # pins numpy below 2 and another sae-lens
+
+
+def saebench_python() -> Path:
+    """The interpreter of an environment with SAEBench; minutes the first time."""
+    return environment(SAEBENCH, "torch==2.13.0", without="torchvision") / "python"
+
+
 def python() -> Path:
     """Their interpreter; minutes the first time."""
     # nothing here needs torchvision, and its wheels do not load beside a CPU-only torch
     return environment(SAELENS, *OTHERS, *READING, without="torchvision") / "python"
 
 
-def run(script: str, *arguments: object, timeout_s: float = 600) -> str:
+def run(script: str, *arguments: object, timeout_s: float = 600, interpreter: Path | None = None) -> str:
     """The script's standard output; what it wrote to standard error is in the message if it fails."""
     settings = {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
     out = subprocess.run(
-        [python(), "-c", script, *map(str, arguments)],
+        [interpreter or python(), "-c", script, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=timeout_s,

@@ -90,7 +90,7 @@ def test_matching_is_the_best_of_all_permutations() -> None:
             wide = score if shape[0] <= shape[1] else score.T
             every = itertools.permutations(range(wide.shape[1]), wide.shape[0])
             best = max(float(np.mean([wide[i, j] for i, j in enumerate(p)])) for p in every)
-            assert abs(features.matched(score) - best) < 1e-12
+            assert abs(features.mean_matched(score) - best) < 1e-12
 
 
 def test_an_sae_made_of_the_features_is_measured_as_perfect() -> None:
