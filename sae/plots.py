@@ -1,29 +1,30 @@
-"""Small SVG figures for the report: lines and bars that take their colours from the page's CSS.
+"""Small figures for the report: lines, bars and frontiers, as SVG in the page's colours or as files.
 
 Owns the look of a figure. matplotlib draws with placeholder colours, which are replaced by CSS
 variables (`--s0`, `--s1`, ... for series, `currentColor` for text and axes), so that one figure
-serves light and dark; text stays text (`svg.fonttype: none`) in the page's font. Deterministic.
+serves light and dark; text stays text (`svg.fonttype: none`) in the page's font. Files are drawn
+in the colours of the light page. Deterministic.
 """
 
 import io
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup, escape
 
-N_COLOURS = 8  # the page defines --s0 ... --s7
-_INK = "#010203"
-_RC = {
-    "svg.fonttype": "none",
+COLOURS = ("#2166ac", "#c5561b", "#1b8a5a", "#8e44a0", "#a8871a", "#b5304f", "#3d93a8", "#6b6f76")
+"""Of the light page: its --s0 ... --s7."""
+
+_INK = "#1d2024"
+_PLACEHOLDER_INK = "#010203"
+_STYLE = {
     "svg.hashsalt": "actcache",
     "font.size": 9,
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -36,6 +37,7 @@ _RC = {
     "lines.linewidth": 1.4,
     "lines.solid_joinstyle": "round",
 }
+_INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 
 
 @dataclass(frozen=True)
@@ -48,62 +50,136 @@ class Line:
     y: Sequence[float]
 
 
-def lines(
-    series: Sequence[Line], *, title: str, x_label: str, size: tuple[float, float] = (3.5, 2.2)
-) -> Markup:
-    """All series in one set of axes; the y axis is logarithmic where the values span a factor of 8."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+@dataclass(frozen=True)
+class Point:
+    """One SAE on a frontier; `error` is one standard error of y, points of one family are joined."""
 
-    with mpl.rc_context(_RC):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.add_subplot()
+    label: str
+    colour: int
+    family: Hashable
+    x: float
+    y: float
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure that is drawn when it is needed, into a page or into files."""
+
+    title: str
+    label: str
+    """What a screen reader says of it."""
+    size: tuple[float, float]
+    """Inches."""
+    draw: Callable[[Any, Sequence[str], str], None]
+    """Given axes, the colours of series and that of text."""
+
+    def inline(self) -> Markup:
+        """The figure as an `<svg>` in the colours of the page around it."""
+        placeholders = [f"#0a0b{i:02x}" for i in range(len(COLOURS))]
+        with _style(_PLACEHOLDER_INK, "none"):
+            return _svg(self._drawn(placeholders, _PLACEHOLDER_INK), self.label)
+
+    def save(self, directory: Path, name: str) -> list[Path]:
+        """Write `name`.svg and `name`.png (200 dots per inch) in the colours of the light page."""
+        paths = [directory / f"{name}.{kind}" for kind in ("svg", "png")]
+        with _style(_INK, "path"):
+            figure = self._drawn(COLOURS, _INK)
+            figure.axes[0].set_title(self.title, fontsize=9)
+            for path in paths:
+                figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
+        return paths
+
+    def _drawn(self, colours: Sequence[str], ink: str) -> Any:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=self.size, layout="constrained")
+        self.draw(figure.add_subplot(), colours, ink)
+        return figure
+
+
+def _style(ink: str, fonts: str) -> Any:
+    import matplotlib as mpl
+
+    return mpl.rc_context(_STYLE | dict.fromkeys(_INKED, ink) | {"svg.fonttype": fonts})
+
+
+def lines(series: Sequence[Line], *, title: str, x_label: str) -> Plot:
+    """All series in one set of axes; the y axis is logarithmic where the values span a factor of 8."""
+
+    def draw(axes: Any, colours: Sequence[str], ink: str) -> None:
+        from matplotlib.ticker import EngFormatter, MaxNLocator
+
         for line in series:
-            axes.plot(line.x, line.y, color=_placeholder(line.colour), alpha=0.9)
+            axes.plot(line.x, line.y, color=colours[line.colour % len(colours)], alpha=0.9)
         values = [y for line in series for y in line.y]
-        if min(values) > 0 and max(values) > 8 * min(values):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-            axes.yaxis.set_minor_locator(NullLocator())
-        else:
+        if not _logarithmic(axes.yaxis, values):
             axes.set_ylim(bottom=0, top=None if max(values) > 0 else 1)
             if all(float(v).is_integer() for v in values):
                 axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel(x_label)
-        axes.grid(axis="y", color=_INK, alpha=0.1, linewidth=0.5)
-        return _svg(figure, f"{title}: {', '.join(line.label for line in series)}")
+        axes.grid(axis="y", color=ink, alpha=0.1, linewidth=0.5)
+
+    return Plot(title, f"{title}: {', '.join(line.label for line in series)}", (3.5, 2.2), draw)
+
+
+def frontier(points: Sequence[Point], *, title: str, x_label: str, y_label: str) -> Plot:
+    """One mark for each SAE with its error bar, those of one family joined in the order of x."""
+
+    def draw(axes: Any, colours: Sequence[str], ink: str) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        families: dict[Hashable, list[Point]] = {}
+        for point in sorted(points, key=lambda p: p.x):
+            families.setdefault(point.family, []).append(point)
+        for family in families.values():
+            if len(family) > 1:
+                axes.plot([p.x for p in family], [p.y for p in family], color=ink, alpha=0.35, linewidth=1)
+        for p in points:
+            colour = colours[p.colour % len(colours)]
+            error = p.error if p.error and math.isfinite(p.error) else None
+            axes.errorbar(
+                p.x, p.y, yerr=error, color=colour, marker="o", markersize=5, capsize=2, linewidth=1
+            )
+        axes.margins(0.12)
+        xs = [p.x for p in points]
+        if not _logarithmic(axes.xaxis, xs):
+            middle, half = (min(xs) + max(xs)) / 2, max(0.6 * (max(xs) - min(xs)), 0.05 * max(xs))
+            axes.set_xlim(middle - half, middle + half)  # a difference of 0.1 in L0 is none
+            axes.xaxis.set_major_locator(MaxNLocator(6))
+        _logarithmic(axes.yaxis, [p.y for p in points])
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.grid(color=ink, alpha=0.1, linewidth=0.5)
+
+    said = ", ".join(f"{p.label} at {p.x:.3g} has {p.y:.4g}" for p in points)
+    return Plot(title, f"{title}: {said}", (4.4, 2.8), draw)
 
 
 def bars(
     edges: Sequence[float],
     counts: Sequence[int],
     colour: int,
+    *,
     title: str,
     x_label: str,
     y_label: str,
-    *,
     log10: bool = False,
-    size: tuple[float, float] = (4.6, 1.8),
-) -> Markup:
-    """A histogram. `log10`: the edges are logarithms, shown as powers of ten."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+) -> Plot:
+    """A histogram. `log10`: the edges are logarithms of shares, shown as powers of ten."""
 
-    with mpl.rc_context(_RC):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.add_subplot()
+    def draw(axes: Any, colours: Sequence[str], ink: str) -> None:
+        from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+
         widths = [b - a for a, b in pairwise(edges)]
-        axes.bar(edges[:-1], counts, widths, align="edge", color=_placeholder(colour), linewidth=0)
+        axes.bar(edges[:-1], counts, widths, align="edge", color=colours[colour % len(colours)], linewidth=0)
         if log10:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * 10**v:g} %"))
             axes.set_xlim(edges[0], edges[-1])
-        else:
+        elif all(float(edge).is_integer() for edge in edges):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             if len(counts) < 6:  # one bar alone would fill the axes and look like no axis at all
                 axes.set_xlim(max(0, edges[0] - 6), edges[-1] + 6)
@@ -111,14 +187,24 @@ def bars(
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        return _svg(figure, title)
+
+    return Plot(title, title, (4.6, 1.8), draw)
 
 
-def _placeholder(colour: int) -> str:
-    return f"#0a0b{colour % N_COLOURS:02x}"
+def _logarithmic(axis: Any, values: Sequence[float]) -> bool:
+    """Make the axis logarithmic if the values span a factor of 8; whether they do."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    if not (min(values) > 0 and max(values) > 8 * min(values)):
+        return False
+    (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.set_minor_locator(NullLocator())
+    return True
 
 
-def _svg(figure: object, label: str) -> Markup:
+def _svg(figure: Any, label: str) -> Markup:
     """The figure as an inline `<svg>` that scales to its container."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
@@ -135,7 +221,7 @@ def _svg(figure: object, label: str) -> Markup:
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # it would restyle the whole page
     text = re.sub(r' id="(?![mp][0-9a-f]{10}")[^"]*"', "", text)  # only markers and clips are referred to
     text = re.sub(r"<g>\s*<g/>\s*</g>", "", text)
-    text = text.replace(_INK, "currentColor")
+    text = text.replace(_PLACEHOLDER_INK, "currentColor")
     text = re.sub(r"#0a0b0([0-7])", r"var(--s\1)", text)
     text = re.sub(r" font-family: [^;]*;", "", text)
     text = re.sub(r"\n\s*", "\n", text)

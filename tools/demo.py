@@ -1,7 +1,7 @@
 """`make demo`: text in, a trained and evaluated SAE out, on embedded defaults.
 
 The bundled LM over this machine's Python standard library: two sites harvested in one pass by two
-Ray actors, two SAEs trained on one stream, evaluated on held-out files, and one HTML report. Run it
+Ray actors, two SAEs trained on one stream, evaluated on held-out files, and an HTML report. Run it
 again and the dataset is a cache hit; kill it anywhere and run it again, and it goes on.
 """
 
@@ -40,7 +40,7 @@ def run(out: Path, n_tokens: int, workers: int) -> Path:
     training = sae.Training(n_rows=2 * stream.n_rows, lr=2e-3)
     saes = sae.train(stream, configs, training, out=out / "runs" / f"demo-{n_tokens}")
     results = evaluate_many(saes, dataset, MODEL, "validation", n_sequences=128)
-    report = write_report(saes[0].path.parent, dataset, out=out / "report.html")
+    report = write_report(saes[0].path.parent, dataset, model=MODEL, out=out / "report.html")
     _print_summary(dataset, saes, results)
     return report
 

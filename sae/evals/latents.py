@@ -1,8 +1,7 @@
 """What each latent does: how often, how strongly and where it fires.
 
 Owns the codes of a chunk of rows, the mergeable per-latent accumulator (one pass, the top K places of
-each latent kept), the parquet table of latents, and the second, narrow pass that gives the activations around
-those places for the report. Never touches the LM.
+each latent kept) and the parquet table of latents. Never touches the LM.
 
 Definitions: a latent *fires* on a row where its activation is not 0;
     density = rows on which it fires / rows evaluated; *dead* = fires on none of them;
@@ -11,10 +10,10 @@ Definitions: a latent *fires* on a row where its activation is not 0;
 The top places of a latent are its K largest positive activations; equal values are ordered by
 (sequence, position), so the choice does not depend on how the rows were chunked or merged.
 
-Shapes: N rows, F d_sae, K places kept, T tokens, C non-zero codes of a chunk.
+Shapes: N rows, F d_sae, K places kept, C non-zero codes of a chunk.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -243,29 +242,3 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
     return rows
-
-
-def activations_around(
-    s: Any, view: Any, sequences: Sequence[int], latents: Sequence[int], n_rows: int, chunk_rows: int = 8192
-) -> dict[int, np.ndarray]:
-    """Activations of some latents at every position of some sequences: {sequence: [T, len(latents)]}.
-
-    One sequential pass over the first `n_rows` rows of the split `view`; only rows of those
-    sequences are encoded. Positions that are no row (special tokens, rows beyond) are NaN.
-    """
-    wanted = np.unique(np.asarray(sequences, np.int64))
-    found = {int(q): np.full((len(view.context(int(q))), len(latents)), np.nan, np.float32) for q in wanted}
-    device = next(iter(s.parameters()), torch.zeros(())).device
-    columns = torch.as_tensor(list(latents), device=device)
-    for start in range(0, n_rows, chunk_rows):
-        where = slice(start, min(start + chunk_rows, n_rows))
-        rows = view.rows(where)
-        mask_N = np.isin(rows.sequence, wanted)
-        if not mask_N.any():
-            continue
-        acts_ND = torch.from_numpy(np.ascontiguousarray(view.read(s.cfg["site"], where)[mask_N])).to(device)
-        with torch.no_grad():
-            values = s.encode(acts_ND)[:, columns].float().cpu().numpy()
-        for q, p, v in zip(rows.sequence[mask_N], rows.position[mask_N], values, strict=True):
-            found[int(q)][int(p)] = v
-    return found

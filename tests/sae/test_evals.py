@@ -14,7 +14,7 @@ from actcache.errors import NonFiniteActivation, SpecError
 from sae.evals import DEFINITIONS, digest, evaluate, evaluate_many
 from sae.evals.groups import Grouped
 from sae.evals.language_model import Losses, lm_metrics
-from sae.evals.latents import LatentStats, activations_around, read_parquet, sparse_codes, write_parquet
+from sae.evals.latents import LatentStats, read_parquet, sparse_codes, write_parquet
 from sae.evals.reconstruction import Reconstruction
 
 SITE = "blocks.0.hook_resid_post"
@@ -172,21 +172,6 @@ def test_parquet_gives_back_what_the_pass_kept(tmp_path):
         places = zip(row["top_sequence"], row["top_position"], row["top_value"], strict=True)
         assert list(places) == stats.top(latent)
     assert [p.name for p in tmp_path.iterdir()] == ["latents.parquet"]
-
-
-def test_activations_around_are_the_encoded_rows_and_nan_where_there_is_no_row(ds):
-    view = ds.split("validation")
-    s = RandomTopK(D_MODEL)
-    found = activations_around(s, view, [3, 7, 3], [5, 0], view.n_rows, chunk_rows=17)
-    assert sorted(found) == [3, 7]
-    for q, values in found.items():
-        assert np.array_equal(np.isnan(values[:, 0]), ~view.kept[q, : view.length[q]])
-        for i in np.flatnonzero(view.row_sequence == q):
-            expected = s.encode(torch.from_numpy(view.acts[SITE][i]))[[5, 0]].numpy()
-            assert values[view.row_position[i]] == pytest.approx(expected, rel=1e-5)
-
-
-# --- through the LM ---------------------------------------------------------------------------
 
 
 def test_identity_sae_is_perfect(ds, lm):

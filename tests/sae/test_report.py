@@ -1,5 +1,10 @@
-"""The report says what the files say, shows any text as text, and needs nothing but itself."""
+"""The report says what the files say, shows any text as text, and needs nothing but itself.
 
+What a browser makes of it is tested in test_report_browser.py.
+"""
+
+import csv
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -14,8 +19,11 @@ from actcache.errors import CorruptObject, SpecError
 from sae import SAE
 from sae.evals import DEFINITIONS, evaluate_many
 from sae.evals.latents import read_parquet
-from sae.report import report_command, write_report
-from sae.snippets import TokenTexts, visible
+from sae.report import payload, report_command, write_report
+from sae.report.dashboards import build, logit_effects, nearest_latents, read_columns
+from sae.report.texts import LOUD, QUIET, TokenTexts, visible
+from sae.report.words import with_error
+from sae.snippets import BEFORE, WIDTH
 
 D_MODEL, D_SAE = 24, 40
 SITE = "blocks.0.hook_resid_post"
@@ -88,11 +96,11 @@ def write_run(path, n=2):
 
 
 class Page(HTMLParser):
-    """What a browser would make of the file: tags with attributes, and the text of the body."""
+    """What a browser would make of the file before scripts run: tags with attributes, and the text."""
 
     def __init__(self, html):
         super().__init__()
-        self.tags, self.text = [], []
+        self.tags, self.text, self.blocks = [], [], []
         self.feed(html)
         self.close()
 
@@ -102,7 +110,10 @@ class Page(HTMLParser):
     handle_startendtag = handle_starttag
 
     def handle_data(self, data):
-        self.text.append(data)
+        if self.tags and self.tags[-1][1].get("type") == "application/octet-stream" and data.strip():
+            self.blocks.append(data.strip())
+        else:
+            self.text.append(data)
 
     def all(self, tag):
         return [attrs for name, attrs in self.tags if name == tag]
@@ -110,67 +121,136 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, ds, lm, tokenizer):
-    """An evaluated run of two SAEs and its report."""
+    """An evaluated run of two SAEs and its report: (directory, eval results, summary, page of topk-40-2)."""
     path = tmp_path_factory.mktemp("run")
     results = evaluate_many(write_run(path), ds, lm)
-    html = write_report(path, ds, tokenizer=tokenizer, n_latents=D_SAE).read_text()
-    return path, results, html
+    out = write_report(path, ds, tokenizer=tokenizer, model=lm)
+    assert out == path / "report.html"
+    assert sorted(p.name for p in path.glob("*.html")) == [
+        "report-topk-40-2.html",
+        "report-topk-40-3.html",
+        "report.html",
+    ]
+    return path, results, out.read_text(), (path / "report-topk-40-2.html").read_text()
+
+
+SHOWN = {"l0", "dead_latents", "fvu", "cosine", "l2_ratio", "kl", "ce_recovered_zero", "ce_recovered_mean"}
+SHOWN |= {"ce_clean", "ce_spliced", "ce_zero", "ce_mean"}
 
 
 def test_every_number_in_the_table_is_the_number_in_the_json(run):
-    path, _, html = run
-    cells = [a for a in Page(html).all("td") if "data-metric" in a]
-    shown = {
-        "l0",
-        "dead_latents",
-        "fvu",
-        "cosine",
-        "l2_ratio",
-        "kl",
-        "ce_recovered_zero",
-        "ce_recovered_mean",
-    }
-    shown |= {"ce_clean", "ce_spliced", "ce_zero", "ce_mean"}
-    for directory in sorted(p for p in path.iterdir() if p.is_dir()):
-        stored = json.loads((directory / "eval.json").read_text())
-        found = {a["data-metric"]: a["data-value"] for a in cells if a["data-sae"] == directory.name}
-        assert set(found) == shown
-        assert {name: json.loads(value) for name, value in found.items()} == {n: stored[n] for n in shown}
-    assert len(cells) == 2 * len(shown)
+    path, _, html, page = run
+    for text, names in ((html, ["topk-40-2", "topk-40-3"]), (page, ["topk-40-2"])):
+        cells = [a for a in Page(text).all("td") if "data-metric" in a]
+        for name in names:
+            stored = json.loads((path / name / "eval.json").read_text())
+            found = {a["data-metric"]: json.loads(a["data-value"]) for a in cells if a["data-sae"] == name}
+            assert found == {n: stored[n] for n in SHOWN}
+        assert len(cells) == len(names) * len(SHOWN)
 
 
 def test_the_text_of_a_cell_is_its_value_rounded(run):
-    _, _, html = run
-    cells = re.findall(r'data-metric="(?:fvu|ce_clean|kl)" data-value="([^"]+)">([^<]+)<', html)
+    cells = re.findall(r'data-metric="(?:fvu|ce_clean|kl)" data-value="([^"]+)">([^<]+)<', run[2])
     assert len(cells) == 6
     assert all(f"{float(value):.4f}" == text for value, text in cells)
 
 
-def test_every_column_is_explained(run):
-    text = " ".join("".join(Page(run[2]).text).split())
-    for name in ("l0", "dead_latents", "fvu", "cosine", "l2_ratio", "ce_clean", "ce_recovered_zero", "kl"):
-        assert DEFINITIONS[name] in text
-
-
-def test_a_hostile_corpus_stays_text(run, ds, tokenizer):
-    html = run[2]
+def test_all_figures_are_there_with_definition_and_error(run):
+    path, _, html, _ = run
     page = Page(html)
-    text = "".join(page.text)
+    text = " ".join("".join(page.text).split())
+    stored = json.loads((path / "topk-40-2" / "eval.json").read_text())
+    figures = {
+        a["data-figure"]: json.loads(a["data-exact"])
+        for a in page.all("td")
+        if a.get("data-of") == "topk-40-2"
+    }
+    assert figures == {name: stored[name] for name in DEFINITIONS if stored.get(name) is not None}
+    assert all(definition in text for name, definition in DEFINITIONS.items() if name in figures)
+    assert with_error(stored["kl"], stored["standard_errors"]["kl"]) in text
+
+
+def test_figures_that_are_not_known_yet_are_shown_too(run, tmp_path, ds):
+    """As a later evaluation may add them: with `_se`, in objects, by position, as a histogram."""
+    path = run[0]
+    (s,) = write_run(tmp_path, n=1)
+    result = json.loads((path / "topk-40-2" / "eval.json").read_text())
+    result |= {
+        "probe_auc": 0.875,
+        "probe_auc_se": 0.01234,
+        "tasks": {"brackets": {"recovered": 0.25, "skipped": None}},
+        "by_position": [{"from": 0, "fvu": 0.5}, {"from": 8, "fvu": 0.75}],
+        "by_norm": {"edge": [1, 2], "fvu": [0.125, 0.0625]},
+    }
+    result["histograms"]["cosine_of_nearest"] = {"edges": [0, 0.5, 1], "counts": [3, 4]}
+    (s.path / "eval.json").write_text(json.dumps(result))
+    page = Page(write_report(tmp_path, assets=tmp_path / "assets").read_text())
+    text = " ".join(" ".join(page.text).split())
+    assert "0.875 ± 0.012" in text
+    assert "tasks · brackets · recovered 0.25" in text
+    assert "by_position from fvu 0 0.5 8 0.75" in text
+    assert "by_norm edge fvu 1 0.125 2 0.0625" in text
+    assert "cosine_of_nearest" in text
+    assert "probe_auc_se" not in text
+    rows = {
+        row["figure"]: row
+        for row in csv.DictReader(io.StringIO((tmp_path / "assets/figures.csv").read_text()))
+    }
+    assert rows["probe_auc"]["value"] == "0.875"
+    assert rows["probe_auc"]["standard_error"] == "0.01234"
+    assert (tmp_path / "assets/topk-40-2-by_norm.csv").read_text().split() == [
+        "edge,fvu",
+        "1,0.125",
+        "2,0.0625",
+    ]
+
+
+def test_figures_and_tables_are_exported(run, tmp_path):
+    path = run[0]
+    write_report(path, out=tmp_path / "report.html", assets=tmp_path / "assets")
+    found = {p.name for p in (tmp_path / "assets").iterdir()}
+    assert {"figures.csv", "topk-40-2-training.csv", "topk-40-2-log10_density.csv"} <= found
+    assert {"fvu-by-l0.svg", "fvu-by-l0.png", "ce-recovered-by-l0.svg", "training-loss.png"} <= found
+    assert (tmp_path / "assets/fvu-by-l0.png").read_bytes().startswith(b"\x89PNG")
+    svg = (tmp_path / "assets/fvu-by-l0.svg").read_text()
+    assert "#2166ac" in svg
+    assert "var(--" not in svg
+    assert "currentColor" not in svg
+    stored = [json.loads(line) for line in (path / "topk-40-2/metrics.jsonl").read_text().splitlines()]
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "assets/topk-40-2-training.csv").read_text())))
+    assert [{k: json.loads(v) for k, v in row.items()} for row in rows] == stored
+
+
+def test_a_sweep_has_its_frontiers_and_links_to_its_pages(run):
+    path, results, html, page = run
+    labels = [a["aria-label"] for a in Page(html).all("svg")]
+    l0, fvu = results[0]["l0"], results[0]["fvu"]
+    assert any(x.startswith("FVU by L0") and f"topk-40-2 at {l0:.3g} has {fvu:.4g}" in x for x in labels)
+    assert any(x.startswith("CE recovered by L0") for x in labels)
+    links = {a["href"] for a in Page(html).all("a") if not a["href"].startswith("#")}
+    assert links == {"report-topk-40-2.html", "report-topk-40-3.html"}
+    assert all((path / link).exists() for link in links)
+    assert {a["href"] for a in Page(page).all("a") if not a["href"].startswith("#")} == {"report.html"}
+
+
+def test_a_hostile_corpus_stays_text(run, ds):
+    html = run[3]
+    page = Page(html)
     met = set(np.unique(ds.split("validation").input_ids)) & set(HOSTILE)
     assert {7, 8, 9, 11} <= met, "the toy corpus must contain what this test is about"
-    assert len(page.all("script")) == 1  # ours
+    assert len([a for a in page.all("script") if "type" not in a]) == 1  # ours
     assert page.all("img") == []
     assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
-    assert HOSTILE[7] in text
-    assert HOSTILE[8] in text
+    assert "alert(" not in html
     assert "\u202e" not in html
     assert "\x1b" not in html
-    assert "⟨202E⟩evil" in text
-    assert "x" * 61 not in html
-    assert len(html) < 3_000_000
+    tokens = payload.unpack(page.blocks[0])[1]["tokens"]
+    assert {HOSTILE[7], HOSTILE[8], f"{QUIET}⟨202E⟩{LOUD}evil"} <= set(tokens)
+    assert max(map(len, tokens)) < 100
+    assert len(html) < 1_000_000
 
 
-def test_markup_is_balanced_so_no_token_closed_an_element(run):
+def test_markup_is_balanced(run):
     class Balance(HTMLParser):
         void = frozenset(("meta", "link", "br", "input"))
         stack: list[str]
@@ -185,48 +265,118 @@ def test_markup_is_balanced_so_no_token_closed_an_element(run):
         def handle_endtag(self, tag):
             assert self.stack.pop() == tag
 
-    parser = Balance()
-    parser.stack = []
-    parser.feed(run[2])
-    parser.close()
-    assert parser.stack == []
+    for html in run[2:]:
+        parser = Balance()
+        parser.stack = []
+        parser.feed(html)
+        parser.close()
+        assert parser.stack == []
 
 
 def test_nothing_is_fetched(run):
-    html = run[2]
-    page = Page(html)
-    links = [attrs[name] for _, attrs in page.tags for name in ("href", "src", "xlink:href") if name in attrs]
-    assert links
-    assert all(link.startswith(("#", "data:")) for link in links)
-    assert "@import" not in html
-    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
-    anchors = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
-    assert {link[1:] for link in links if link.startswith("#")} <= anchors
+    for html in run[2:]:
+        page = Page(html)
+        links = [a[name] for _, a in page.tags for name in ("src", "xlink:href") if name in a]
+        links += [a["href"] for tag, a in page.tags if tag == "link"]
+        assert links
+        assert all(link.startswith(("#", "data:")) for link in links)
+        assert "@import" not in html
+        assert "http://" not in html.replace("http://www.w3.org/", "")
+        assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
+        anchors = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
+        assert {a["href"][1:] for a in page.all("a") if a["href"].startswith("#")} <= anchors
 
 
-def test_snippets_show_the_places_that_the_evaluation_kept(run):
-    path, _, html = run
-    directory = path / f"topk-{D_SAE}-2"
-    table = read_parquet(directory / "latents.parquet")
-    section = html[html.index('id="sae-0"') : html.index('id="sae-1"')]
-    cards = re.findall(r'<article aria-label="latent (\d+)">(.*?)</article>', section, flags=re.DOTALL)
-    assert {int(latent) for latent, _ in cards} == {row["latent"] for row in table if row["fires"]}
-    for latent, card in cards:
-        row = table[int(latent)]
-        places = re.findall(r'title="sequence (\d+), position (\d+)">([\d.]+)</span>', card)
-        assert 1 <= len(places) <= 8
-        kept = list(zip(row["top_sequence"], row["top_position"], row["top_value"], strict=True))
-        assert (int(places[0][0]), int(places[0][1])) == kept[0][:2]
-        values = {(q, p): v for q, p, v in kept}
-        for q, p, shown in places:
-            decimals = len(shown.partition(".")[2])
-            assert float(shown) == pytest.approx(values[int(q), int(p)], abs=0.51 * 10**-decimals)
+def test_the_blocks_hold_the_dashboards(run, ds, lm, tokenizer):
+    path, results, _, html = run
+    found = Page(html).blocks
+    index, meta = payload.unpack(found[0])
+    s = random_sae(2, seed=2)
+    view = ds.split("validation")
+    W_U = lm.model.lm_head.weight
+    table = path / "topk-40-2" / "latents.parquet"
+    d = build(s, view, view.n_rows, table, n_latents=D_SAE, seed=0, W_U_VD=W_U)
+    assert meta["n_rows"] == results[0]["n_rows"]
+    assert index["latent"].tolist() == list(range(D_SAE))
+    rows = read_parquet(table)
+    for name in ("fires", "density", "mean_activation", "max_activation"):
+        assert index[f"column {name}"] == pytest.approx([row[name] for row in rows])
+    assert index["largest"] == pytest.approx([row["max_activation"] for row in rows])
+    texts = TokenTexts(tokenizer)
+    n = d.snippets
+    (block, _) = payload.unpack(found[1])
+    ids = block["token_low"].astype(int) | block["token_high"].astype(int) << 8
+    assert [meta["tokens"][i] for i in ids] == [
+        texts[int(t)] if t >= 0 else "" for t in n.token_ids.reshape(-1)
+    ]
+    largest = np.repeat(n.largest, np.diff(n.starts))[:, None]
+    error = block["share"].reshape(-1, WIDTH) / 255 * largest - n.values
+    assert np.abs(error).max() <= largest.max() / 510 + 1e-6 or (block["share"] == 1).any()
+    assert ((block["share"].reshape(-1, WIDTH) > 0) == (n.values > 0)).all()
+    assert index["value"].tolist() == n.value.tolist() == n.values[:, BEFORE].tolist()
+    logit = block["logit"].reshape(D_SAE, -1) / 32767 * block["logit_scale"][:, None]
+    assert logit[:, :10] == pytest.approx(d.logits.top, abs=1e-3)
+    assert block["nearest"].tolist() == d.nearest_ids.reshape(-1).tolist()
 
 
-def test_the_same_files_give_the_same_page(run, ds, tokenizer, tmp_path):
-    path, _, html = run
-    again = write_report(path, ds, tokenizer=tokenizer, n_latents=D_SAE, out=tmp_path / "again.html")
+def test_logit_effects_and_neighbours_are_those_of_the_definition():
+    g = torch.Generator().manual_seed(0)
+    W_dec, W_U = torch.randn(30, 8, generator=g), torch.randn(50, 8, generator=g)
+    found = logit_effects(W_dec, W_U)
+    all_logits = (W_dec.double() @ W_U.double().T).numpy()
+    for i in range(30):
+        order = np.argsort(-all_logits[i])
+        assert found.top_ids[i].tolist() == order[:10].tolist()
+        assert found.bottom_ids[i].tolist() == order[::-1][:10].tolist()
+        assert found.top[i] == pytest.approx(all_logits[i][order[:10]], abs=1e-5)
+    assert (found.histogram.sum(1) == 50).all()
+    assert (found.histogram[:, 0] > 0).all()
+    ids, cosines = nearest_latents(W_dec, np.array([4, 9]))
+    unit = (W_dec / W_dec.norm(dim=1, keepdim=True)).double().numpy()
+    for row, f in enumerate((4, 9)):
+        cos = unit @ unit[f]
+        cos[f] = -9
+        assert ids[row].tolist() == np.argsort(-cos)[:6].tolist()
+        assert cosines[row] == pytest.approx(np.sort(cos)[::-1][:6], abs=1e-6)
+
+
+def test_a_site_of_another_width_has_no_logit_effects(run, ds, tokenizer):
+    table = run[0] / "topk-40-2" / "latents.parquet"
+    view = ds.split("validation")
+    d = build(
+        random_sae(2, seed=2), view, 64, table, n_latents=4, seed=0, W_U_VD=torch.zeros(64, D_MODEL + 1)
+    )
+    assert d.logits is None
+    assert len(d.latents) == 4
+    assert (read_columns(table)["fires"][d.latents] > 0).all()
+
+
+def test_blocks_of_many_latents_come_back_as_they_were():
+    arrays = {
+        "a": np.arange(5, dtype=np.uint8),
+        "b": np.array([1.5, -2], np.float32),
+        "c": np.zeros(0, np.int16),
+    }
+    found, meta = payload.unpack(payload.pack(arrays, {"tokens": ["é", "\ud800"]}))
+    assert meta == {"tokens": ["é", "\ud800"]}
+    for name, array in arrays.items():
+        assert found[name].tolist() == array.tolist()
+        assert found[name].dtype == array.dtype
+
+
+def test_the_same_files_give_the_same_page(run, ds, lm, tokenizer, tmp_path):
+    path, _, html, page = run
+    again = write_report(path, ds, tokenizer=tokenizer, model=lm, out=tmp_path / "report.html")
     assert again.read_text() == html
+    assert (tmp_path / "report-topk-40-2.html").read_text() == page
+
+
+def test_one_sae_is_one_file(run, ds, tokenizer, tmp_path):
+    out = write_report(run[0] / "topk-40-2", ds, tokenizer=tokenizer, out=tmp_path / "x.html")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.html"]
+    page = Page(out.read_text())
+    assert len(page.blocks) == 2
+    assert "The LM was not given" in "".join(page.text)
 
 
 def test_a_run_without_an_evaluation_says_so(tmp_path, ds, tokenizer):
@@ -252,18 +402,18 @@ def test_one_sae_with_a_model_beside_one_without(tmp_path, ds, lm, tokenizer):
     evaluate_many([first], ds, lm)
     evaluate_many([second], ds)
     page = Page(write_report(tmp_path, ds, tokenizer=tokenizer).read_text())
-    assert "".join(page.text).count("vs zeros") == 2
+    assert "".join(page.text).count("vs zeros") == 1
     assert len([a for a in page.all("td") if a.get("data-metric") == "kl"]) == 1
 
 
 def test_without_the_dataset_the_figures_are_still_there(run, tmp_path):
-    html = write_report(
-        run[0], None, out=tmp_path / "r.html", dataset_note="The dataset is on another disk."
-    ).read_text()
-    page = Page(html)
+    out = tmp_path / "r.html"
+    page = Page(
+        write_report(run[0], None, out=out, dataset_note="The dataset is on another disk.").read_text()
+    )
     assert "The dataset is on another disk." in "".join(page.text)
-    assert page.all("article") == []
     assert len([a for a in page.all("td") if "data-metric" in a]) == 24
+    assert Page((tmp_path / "r-topk-40-2.html").read_text()).blocks == []
 
 
 def test_stale_results_are_named(tmp_path, ds, tokenizer):
@@ -273,7 +423,7 @@ def test_stale_results_are_named(tmp_path, ds, tokenizer):
     s.save(s.path)
     page = Page(write_report(tmp_path, ds, tokenizer=tokenizer).read_text())
     assert "not those that were evaluated" in "".join(page.text)
-    assert page.all("article") == []
+    assert page.blocks == []
 
 
 def test_a_torn_last_line_of_metrics_is_left_out_and_a_torn_middle_refused(tmp_path):
@@ -286,9 +436,13 @@ def test_a_torn_last_line_of_metrics_is_left_out_and_a_torn_middle_refused(tmp_p
         write_report(tmp_path)
 
 
-def test_no_sae_is_one_clear_error(tmp_path):
+def test_no_sae_and_no_place_are_one_clear_error(tmp_path):
     with pytest.raises(SpecError, match="no finished SAE"):
         write_report(tmp_path)
+    write_run(tmp_path, n=1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SpecError, match="cannot be written"):
+        write_report(tmp_path, out=tmp_path / "file" / "report.html")
 
 
 def test_command_writes_beside_the_run_and_names_an_unreachable_dataset(tmp_path):
@@ -301,13 +455,28 @@ def test_command_writes_beside_the_run_and_names_an_unreachable_dataset(tmp_path
     assert "could not be opened" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (0.03124, 0.00141, "0.0312 ± 0.0014"),
+        (98.42, 0.072, "98.420 ± 0.072"),
+        (1234.5, 67.0, "1,234 ± 67"),
+        (0.5, None, "0.5"),
+        (1536, None, "1,536"),
+        (0.5, 0.0, "0.5"),
+    ],
+)
+def test_numbers_with_their_errors(value, error, text):
+    assert with_error(value, error) == text
+
+
 def test_part_of_a_character_shows_as_a_replacement():
     from actcache.lm import load_tokenizer
 
     tokenizer = load_tokenizer("bundled:stdlib-gpt2")
     texts = TokenTexts(tokenizer)
     ids = tokenizer.encode("é € 😀\n    return x", add_special_tokens=False)
-    shown = [str(texts[i]) for i in ids]
+    shown = [texts[i] for i in ids]
     assert "return" in "".join(shown)
     assert all(shown)
     assert any("�" in text for text in shown) or len(ids) < 8
@@ -317,18 +486,18 @@ def test_part_of_a_character_shows_as_a_replacement():
     ("text", "shown"),
     [
         ("a b", "a b"),
-        ("<b>&\"'", "&lt;b&gt;&amp;&#34;&#39;"),
-        ("x\n", "x<u>↵</u>"),
-        ("\t", "<u>⇥</u>"),
-        ("   y", '<u class="sp">   </u>y'),
-        ("\u202ex", "<u>⟨202E⟩</u>x"),
-        ("\x00", "<u>⟨0000⟩</u>"),
+        ("<b>&\"'", "<b>&\"'"),
+        ("x\n", "x\x01↵\x02"),
+        ("\t", "\x01⇥\x02"),
+        ("   y", "\x01···\x02y"),
+        ("\u202ex", "\x01⟨202E⟩\x02x"),
+        ("\x01\x02", "\x01⟨0001⟩\x02\x01⟨0002⟩\x02"),
         ("é😀", "é😀"),
-        ("z" * 61, "z" * 60 + "<u>…</u>"),
+        ("z" * 61, "z" * 60 + "\x01…\x02"),
     ],
 )
 def test_visible_text(text, shown):
-    assert str(visible(text)) == shown
+    assert visible(text) == shown
 
 
 def test_harvest_train_eval_report_by_command_on_a_real_dataset(tmp_path, capsys):
@@ -362,12 +531,16 @@ def test_harvest_train_eval_report_by_command_on_a_real_dataset(tmp_path, capsys
     assert printed["n_rows"] == view.n_rows == len(x)
     assert printed["dataset"] == ds.id
 
-    assert main(["report", str(out), "--latents", "3"]) == 0
+    upload, figures = str(tmp_path / "upload"), str(tmp_path / "figures")
+    assert main(["report", str(out), "--latents", "3", "--neuronpedia", upload, "--assets", figures]) == 0
     page = Page((out / "report.html").read_text())
     (fvu,) = (a["data-value"] for a in page.all("td") if a.get("data-metric") == "fvu")
     assert json.loads(fvu) == printed["fvu"]
-    assert len(page.all("article")) >= 3
-    assert page.all("b"), "the strongest tokens are highlighted"
+    index, meta = payload.unpack(page.blocks[0])
+    assert len(index["latent"]) == 3
+    assert meta["n_logits"] == 10
+    assert (tmp_path / "figures" / "figures.csv").exists()
+    assert len(list((tmp_path / "upload").glob("*/1-res-topk-64-8/*/batch-0.jsonl.gz"))) == 2
     for row in read_parquet(s.path / "latents.parquet"):
         for sequence, position, value in zip(
             row["top_sequence"][:1], row["top_position"][:1], row["top_value"][:1], strict=True

@@ -1,0 +1,239 @@
+"""The report in a real browser: it answers, it fetches nothing, and a hostile corpus stays text."""
+
+import json
+
+import browser
+import numpy as np
+import pytest
+from test_report import D_SAE, HOSTILE, Page, word_tokenizer, write_run
+from toy_dataset import tiny_lm, toy_dataset
+
+from sae.evals import evaluate_many
+from sae.evals.latents import read_parquet
+from sae.report import payload, write_report
+from sae.snippets import BEFORE
+
+pytestmark = pytest.mark.slow
+
+DRIVE = r"""
+import json, sys
+from playwright.sync_api import sync_playwright
+
+browser, page_url, sweep_url = sys.argv[1:]
+seen = {"console": [], "errors": [], "requests": [], "dialogs": [], "ready_ms": []}
+
+def watch(page):
+    page.on("console", lambda m: seen["console"].append(m.text))
+    page.on("pageerror", lambda e: seen["errors"].append(str(e)))
+    page.on("request", lambda r: seen["requests"].append(r.url))
+    page.on("dialog", lambda d: (seen["dialogs"].append(d.message), d.dismiss()))
+
+def latents(page):
+    return [int(x.split()[1]) for x in page.eval_on_selector_all("#cards article", "a => a.map(x => x.ariaLabel)")]
+
+def settled(page, action):
+    # every drawing replaces the cards
+    page.evaluate("document.querySelector('#cards').firstChild?.setAttribute('data-old', '')")
+    action()
+    page.wait_for_function("!document.querySelector('#cards [data-old]')")
+    return latents(page)
+
+with sync_playwright() as p:
+    b = p.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+    for _ in range(3):
+        context = b.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light")
+        context.set_offline(True)
+        page = context.new_page()
+        watch(page)
+        page.goto(page_url)
+        page.wait_for_selector("html[data-ready]")
+        seen["ready_ms"].append(int(page.evaluate("document.documentElement.dataset.ready")))
+    seen["first"] = latents(page)
+    seen["again"] = settled(page, lambda: page.click("#again"))
+    seen["next"] = settled(page, lambda: page.click("#after"))
+    page.keyboard.press("/")
+    seen["focus"] = page.evaluate("document.activeElement.id")
+    search = lambda text: lambda: page.fill("#q", text)
+    seen["by_number"] = settled(page, search("17"))
+    seen["by_text"] = settled(page, search("word33"))
+    seen["by_text_says"] = page.inner_text("#found")
+    seen["hostile"] = {}
+    for name, text in (("script", "<script>alert(1)"), ("img", "<img src=x"), ("close", "</span></li>"), ("rtl", "evil"), ("long", "xxxx"), ("emoji", "\U0001f600")):
+        found = settled(page, search(text))
+        seen["hostile"][name] = {
+            "latents": found,
+            "text": page.inner_text("#cards"),
+            "elements": page.evaluate("document.querySelectorAll('#cards img, #cards script').length"),
+            "lists": page.evaluate("document.querySelectorAll('#cards ol.s > :not(li)').length"),
+            "widest": page.evaluate("Math.max(...[...document.querySelectorAll('#cards .s i')].map(x => x.textContent.length))"),
+        }
+    seen["nothing"] = settled(page, search("no such token"))
+    seen["nothing_says"] = page.inner_text("#found")
+    settled(page, search("")) if seen["nothing"] else (page.fill("#q", ""), page.wait_for_selector("#cards article"))
+    seen["sorts"] = page.eval_on_selector_all("#sort option", "o => o.map(x => x.value)")
+    seen["largest"] = settled(page, lambda: page.select_option("#sort", "max_activation"))
+    seen["smallest"] = settled(page, lambda: page.click("#turn"))
+    seen["numbered"] = settled(page, lambda: page.select_option("#sort", "latent"))
+    token = page.locator("#cards .s b i").first
+    token.hover()
+    seen["hover"] = [page.inner_text("#tip"), token.get_attribute("data-v"), page.evaluate("getComputedStyle(tip).visibility")]
+    page.mouse.move(0, 0)
+    page.locator("#cards ol.s").first.focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    seen["keyboard"] = page.evaluate("[...document.querySelectorAll('#cards ol.s')[0].querySelectorAll('b i')].findIndex(x => x.classList.contains('at'))")
+    link = page.locator("#cards .near a").first
+    wanted = int(link.inner_text())
+    seen["linked"] = [wanted, settled(page, link.click)]
+    seen["overflow"] = {}
+    for width in (1280, 390):
+        page.set_viewport_size({"width": width, "height": 800})
+        seen["overflow"][width] = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+    colour = "getComputedStyle(document.documentElement).backgroundColor"
+    seen["light"] = page.evaluate(colour)
+    page.emulate_media(color_scheme="dark")
+    seen["dark"] = page.evaluate(colour)
+    page.emulate_media(media="print")
+    seen["print"] = [page.evaluate("getComputedStyle(document.querySelector('#tools')).display"), page.evaluate(colour)]
+    page = context.new_page()
+    watch(page)
+    page.goto(page_url + "#latent-23")
+    page.wait_for_selector("html[data-ready]")
+    seen["by_address"] = latents(page)
+    page.goto(sweep_url)
+    page.wait_for_selector("html[data-ready]")
+    page.click("tbody a >> nth=0")
+    page.wait_for_selector("#cards article")
+    seen["followed"] = page.url
+    b.close()
+print(json.dumps(seen))
+"""
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A run of two SAEs on a corpus of hostile tokens: (directory, blocks of the first page)."""
+    path = tmp_path_factory.mktemp("run")
+    lm = tiny_lm()
+    ds = toy_dataset(lm, n_sequences=40)
+    evaluate_many(write_run(path), ds, lm)
+    tokenizer = word_tokenizer([HOSTILE.get(i, f" word{i}") for i in range(64)])
+    write_report(path, ds, tokenizer=tokenizer, model=lm)
+    return path, Page((path / "report-topk-40-2.html").read_text()).blocks
+
+
+@pytest.fixture(scope="module")
+def seen(report):
+    path = report[0]
+    pages = [(path / name).as_uri() for name in ("report-topk-40-2.html", "report.html")]
+    try:
+        return browser.run(DRIVE, *pages)
+    except browser.NoBrowser as err:
+        pytest.skip(str(err))
+
+
+@pytest.fixture(scope="module")
+def table(report):
+    return read_parquet(report[0] / "topk-40-2" / "latents.parquet")
+
+
+def with_peak(report, text):
+    """The latents that have a snippet whose strongest token contains the text."""
+    index, meta = payload.unpack(report[1][0])
+    starts = index["starts"]
+    plain = [t.replace("\x01", "").replace("\x02", "").lower() for t in meta["tokens"]]
+    return {
+        f for f in range(D_SAE) if any(text in plain[t] for t in index["peak"][starts[f] : starts[f + 1]])
+    }
+
+
+def test_no_error_and_no_request(seen):
+    assert seen["console"] == seen["errors"] == seen["dialogs"] == []
+    assert all(url.startswith("file://") and url.split("#")[0].endswith(".html") for url in seen["requests"])
+    assert len(seen["requests"]) == 6  # the pages themselves
+
+
+def test_it_is_there_within_two_seconds(seen):
+    assert min(seen["ready_ms"]) < 2000
+
+
+def test_a_random_sample_of_living_latents_comes_first(seen, table):
+    alive = {row["latent"] for row in table if row["fires"]}
+    assert len(set(seen["first"])) == 8
+    assert set(seen["first"]) <= alive
+    assert seen["first"] != sorted(seen["first"])
+    assert seen["again"] != seen["first"]
+    assert not set(seen["next"]) & set(seen["again"])
+
+
+def test_search_finds_numbers_and_tokens(seen, report):
+    assert seen["focus"] == "q"
+    assert seen["by_number"][0] == 17
+    wanted = with_peak(report, "word33")
+    assert wanted
+    assert set(seen["by_text"]) <= wanted
+    assert len(seen["by_text"]) == min(8, len(wanted))
+    assert seen["by_text_says"].startswith(f"{len(wanted)} latent")
+    assert seen["nothing"] == []
+    assert seen["nothing_says"].startswith("No latent with")
+
+
+def test_sorting_sorts(seen, table):
+    assert {"sample", "density", "max_activation", "mean_activation", "latent"} <= set(seen["sorts"])
+    alive = [row for row in table if row["fires"]]
+    by_max = [row["latent"] for row in sorted(alive, key=lambda row: row["max_activation"])]
+    assert seen["smallest"] == by_max[:8]
+    assert seen["largest"] == by_max[::-1][:8]
+    assert seen["numbered"] == sorted(by_max)[:8]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("script", "<script>alert(1)</script>"),
+        ("img", '"><img src=x onerror=alert(2)>'),
+        ("close", "</span></li></ol>"),
+        ("rtl", "⟨202E⟩evil"),
+        ("long", "x" * 60 + "…"),
+        ("emoji", "😀"),
+    ],
+)
+def test_hostile_text_stays_text(name, text, seen):
+    found = seen["hostile"][name]
+    assert found["latents"]
+    assert text in found["text"]
+    assert found["elements"] == found["lists"] == 0
+    assert found["widest"] <= 61
+    assert "\u202e" not in found["text"]
+
+
+def test_values_are_shown_by_pointer_and_keyboard(seen, table, report):
+    tip, value, visibility = seen["hover"]
+    assert tip == value
+    assert visibility == "visible"
+    index, _ = payload.unpack(report[1][0])
+    first = seen["numbered"][0]
+    peak = index["value"][index["starts"][first]]
+    assert float(value) == pytest.approx(peak, rel=0.01)
+    assert float(np.max(index["largest"])) >= peak
+    assert seen["keyboard"] == 1
+
+
+def test_links_lead_to_their_latents_and_pages(seen, table):
+    wanted, shown = seen["linked"]
+    assert shown[0] == wanted
+    assert seen["by_address"][0] == 23
+    assert seen["followed"].endswith("report-topk-40-2.html")
+
+
+def test_it_fits_narrow_dark_and_printed(seen):
+    assert max(seen["overflow"].values()) <= 0
+    assert seen["light"] != seen["dark"]
+    assert seen["print"] == ["none", "rgb(255, 255, 255)"]
+
+
+def test_the_index_holds_what_the_browser_read(report):
+    index, meta = payload.unpack(report[1][0])
+    assert meta["before"] == BEFORE
+    assert json.dumps(meta["tokens"]).count("alert(1)") == 1
+    assert len(index["latent"]) == D_SAE
