@@ -204,7 +204,8 @@ class _Pass:
         place, index, value = (np.concatenate(column) for column in zip(*self._pending, strict=True))
         self._pending, self._n_pending = [], 0
         part = place // self.part_places
-        order = np.argsort(part, kind="stable")
+        nearby = part - part.min()  # 16-bit numbers are sorted by radix
+        order = np.argsort(nearby.astype(np.uint16) if nearby.max() < 1 << 16 else nearby, kind="stable")
         parts, starts = np.unique(part[order], return_index=True)
         for number, chosen in zip(parts, np.split(order, starts[1:]), strict=True):
             local = (place[chosen] - number * self.part_places).astype(np.int32)

@@ -1,7 +1,5 @@
 """The report in a real browser: it answers, it fetches nothing, and a hostile corpus stays text."""
 
-import json
-
 import browser
 import numpy as np
 import pytest
@@ -11,7 +9,8 @@ from toy_dataset import tiny_lm, toy_dataset
 from sae.evals import evaluate_many
 from sae.evals.latents import read_parquet
 from sae.report import payload, write_report
-from sae.snippets import BEFORE
+from sae.report.dashboards import N_LOGITS, N_NEAREST, Dashboards, LogitEffects
+from sae.snippets import BEFORE, BINS, SAMPLED, TOP, WIDTH, Snippets
 
 pytestmark = pytest.mark.slow
 
@@ -19,8 +18,8 @@ DRIVE = r"""
 import json, sys
 from playwright.sync_api import sync_playwright
 
-browser, page_url, sweep_url = sys.argv[1:]
-seen = {"console": [], "errors": [], "requests": [], "dialogs": [], "ready_ms": []}
+browser, page_url, sweep_url, large_url = sys.argv[1:]
+seen = {"console": [], "errors": [], "requests": [], "dialogs": [], "ready_ms": [], "large_ms": []}
 
 def watch(page):
     page.on("console", lambda m: seen["console"].append(m.text))
@@ -105,6 +104,11 @@ with sync_playwright() as p:
     page.click("tbody a >> nth=0")
     page.wait_for_selector("#cards article")
     seen["followed"] = page.url
+    for _ in range(3):
+        page.goto(large_url)
+        page.wait_for_selector("html[data-ready]")
+        seen["large_ms"].append(int(page.evaluate("document.documentElement.dataset.ready")))
+    seen["large"] = settled(page, search("6143"))
     b.close()
 print(json.dumps(seen))
 """
@@ -123,9 +127,57 @@ def report(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def seen(report):
+def large(report):
+    """The page with 6,144 latents of random text in its place: Zipf's law, 50,257 tokens, 5 % active."""
+    rng = np.random.default_rng(0)
+    n_latents, n_each, n_tokens = 6144, TOP + SAMPLED, 50_257
+    n = n_latents * n_each
+    share = np.cumsum(1 / np.arange(3, n_tokens + 3))
+    token_ids = np.searchsorted(share / share[-1], rng.random((n, WIDTH))).astype(np.int32)
+    values = rng.random((n, WIDTH), np.float32) * (rng.random((n, WIDTH)) < 0.05)
+    values[:, BEFORE] = 1 - rng.random(n, np.float32)
+    largest = values.reshape(n_latents, -1).max(1)
+    histogram = rng.integers(0, 99, (n_latents, BINS))
+    ids = rng.integers(0, n_tokens, (n_latents, N_LOGITS))
+    logits = -np.sort(-rng.standard_normal((n_latents, N_LOGITS), np.float32))
+    snippets = Snippets(
+        n_rows=2_000_000,
+        latents=np.arange(n_latents),
+        fires=histogram.sum(1),
+        sums=largest.astype(np.float64),
+        largest=largest,
+        histogram=histogram,
+        starts=np.arange(n_latents + 1) * n_each,
+        n_top=np.full(n_latents, TOP),
+        sequence=rng.integers(0, 8000, n),
+        position=rng.integers(0, 256, n),
+        value=values[:, BEFORE],
+        token_ids=token_ids,
+        values=values,
+    )
+    columns = {"density": rng.random(n_latents), "max_activation": largest, "mean_activation": largest / 2}
+    near = rng.integers(0, n_latents, (n_latents, N_NEAREST))
+    effects = LogitEffects(ids, logits, ids, -logits, histogram)
+    cosines = rng.random((n_latents, N_NEAREST), np.float32)
+    d = Dashboards(n_latents, snippets, columns, near, cosines, effects)
+
+    class Words:
+        def __getitem__(self, token_id):
+            return f" w{token_id:x}"
+
+    html = (report[0] / "report-topk-40-2.html").read_text()
+    kind = '<script type="application/octet-stream"'
+    rest = html[html.rindex(kind) :]
+    scripts = [f'{kind} id="block-{i}">{b}</script>\n' for i, b in enumerate(payload.blocks(d, Words(), 0))]
+    path = report[0] / "large.html"
+    path.write_text(html[: html.index(kind)] + "".join(scripts) + rest[rest.index("</script>") + 9 :])
+    return path
+
+
+@pytest.fixture(scope="module")
+def seen(report, large):
     path = report[0]
-    pages = [(path / name).as_uri() for name in ("report-topk-40-2.html", "report.html")]
+    pages = [(path / name).as_uri() for name in ("report-topk-40-2.html", "report.html")] + [large.as_uri()]
     try:
         return browser.run(DRIVE, *pages)
     except browser.NoBrowser as err:
@@ -150,11 +202,17 @@ def with_peak(report, text):
 def test_no_error_and_no_request(seen):
     assert seen["console"] == seen["errors"] == seen["dialogs"] == []
     assert all(url.startswith("file://") and url.split("#")[0].endswith(".html") for url in seen["requests"])
-    assert len(seen["requests"]) == 6  # the pages themselves
+    assert len(seen["requests"]) == 9  # the pages themselves
 
 
 def test_it_is_there_within_two_seconds(seen):
     assert min(seen["ready_ms"]) < 2000
+
+
+def test_6144_latents_fit_15_mb_and_are_there_within_two_seconds(seen, large):
+    assert large.stat().st_size < 15e6
+    assert min(seen["large_ms"]) < 2000
+    assert seen["large"][0] == 6143
 
 
 def test_a_random_sample_of_living_latents_comes_first(seen, table):
@@ -230,10 +288,3 @@ def test_it_fits_narrow_dark_and_printed(seen):
     assert max(seen["overflow"].values()) <= 0
     assert seen["light"] != seen["dark"]
     assert seen["print"] == ["none", "rgb(255, 255, 255)"]
-
-
-def test_the_index_holds_what_the_browser_read(report):
-    index, meta = payload.unpack(report[1][0])
-    assert meta["before"] == BEFORE
-    assert json.dumps(meta["tokens"]).count("alert(1)") == 1
-    assert len(index["latent"]) == D_SAE
