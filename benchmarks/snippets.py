@@ -20,6 +20,7 @@ from rows import SITE, open_or_harvest
 import sae
 from actcache.lm import load_tokenizer
 from sae import snippets
+from sae.codes import encode_sparse
 from sae.report.dashboards import Dashboards, nearest_latents
 from sae.report.payload import blocks
 from sae.report.texts import TokenTexts
@@ -41,7 +42,7 @@ def encode_only(s: sae.SAE, ds: Any, n_rows: int) -> None:
     scratch = Scratch()
     for start in range(0, n_rows, snippets._CHUNK_ROWS):
         acts_ND = ds.read(s.cfg["site"], slice(start, min(start + snippets._CHUNK_ROWS, n_rows)))
-        snippets.encode_sparse(s, torch.from_numpy(acts_ND), scratch)
+        encode_sparse(s, torch.from_numpy(acts_ND), scratch)
 
 
 def timed(work: Any) -> tuple[Any, float, float]:

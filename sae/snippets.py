@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sae.core import SAE
-from sae.select import Entries, Scratch, above, largest_per_row
+from sae.codes import encode_sparse
+from sae.select import Entries, Scratch
 
 BEFORE, AFTER = 21, 10
 WIDTH = BEFORE + 1 + AFTER
@@ -126,34 +126,6 @@ def _encoded(s: Any, view: Any, n_rows: int) -> Iterator[tuple[Entries, Any]]:
             yield encode_sparse(s, torch.from_numpy(acts_ND), scratch), view.rows(where)
     finally:
         s.train(was_training)
-
-
-@torch.no_grad()
-def encode_sparse(s: Any, acts_ND: torch.Tensor, scratch: Scratch) -> Entries:
-    """The positive entries of `s.encode(acts_ND)`, without its dense result where the SAE allows it."""
-    pre_NF = _pre_activations(s, acts_ND, scratch) if isinstance(s, SAE) else None
-    if pre_NF is None:
-        device = next(iter(s.parameters()), torch.zeros(())).device
-        latents_NF = s.encode(acts_ND.to(device)).float().cpu().contiguous()
-        return above(latents_NF, torch.zeros(latents_NF.shape[1]), scratch)
-    architecture = s.cfg["architecture"]
-    if architecture == "topk":
-        return largest_per_row(pre_NF, int(s.cfg["k"]), scratch).positive()
-    floor_F = torch.zeros(pre_NF.shape[1])
-    if architecture == "jumprelu":
-        floor_F = torch.clamp(s.threshold, min=0).expand_as(floor_F)
-    elif architecture in ("batchtopk", "matryoshka"):  # active at the threshold, too
-        below = torch.nextafter(s.threshold, torch.full_like(s.threshold, -torch.inf))
-        floor_F = torch.clamp(below, min=0).expand_as(floor_F)
-    return above(pre_NF, floor_F, scratch)
-
-
-def _pre_activations(s: SAE, acts_ND: torch.Tensor, scratch: Scratch) -> torch.Tensor | None:
-    """Before the ReLU, by the operations of `SAE.encode`; None where only `encode` itself will do."""
-    if s.device.type != "cpu" or s.dtype != torch.float32 or s.cfg["architecture"] == "gated":
-        return None
-    out = scratch.get("snippets", (len(acts_ND), int(s.cfg["d_sae"])), torch.float32)
-    return torch.matmul(acts_ND - s.b_dec, s.W_enc, out=out).add_(s.b_enc)
 
 
 # The pass

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae.codes import encode_sparse
 from sae.core import SAE
-from sae.select import Scratch, largest_per_row
+from sae.select import Scratch
 
 _DENSITY_BINS = 48  # eight per decade from 1e-6 to 1
 _L0_BINS = 50
@@ -48,36 +49,19 @@ def sparse_codes(latents_NF: Tensor) -> Codes:
     return Codes(n_rows, row_C, latent_C, value_C)
 
 
-def encode(s: Any, acts_ND: Tensor) -> tuple[Codes, Tensor]:
+def encode(s: Any, acts_ND: Tensor, scratch: Scratch) -> tuple[Codes, Tensor]:
     """Codes and reconstruction [N, D] of rows; an `sae.SAE` is decoded from the codes alone."""
     if not isinstance(s, SAE):
         latents_NF = s.encode(acts_ND)
         return sparse_codes(latents_NF), s.decode(latents_NF)
-    row_M, latent_M, value_M = _sparse(s, acts_ND.to(s.dtype))
-    starts_N = torch.searchsorted(row_M, torch.arange(len(acts_ND), device=row_M.device))
-    recon_ND = torch.nn.functional.embedding_bag(
-        latent_M, s.W_dec, starts_N, mode="sum", per_sample_weights=value_M
+    found = encode_sparse(s, acts_ND.to(s.dtype), scratch)
+    latent_M, starts_N, value_M = (
+        torch.from_numpy(part).to(s.device) for part in (found.columns, found.row_starts[:-1], found.values)
     )
-    codes = Codes(len(acts_ND), row_M.cpu().numpy(), latent_M.cpu().numpy(), value_M.float().cpu().numpy())
-    return codes, recon_ND + s.b_dec
-
-
-def _sparse(s: SAE, acts_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, latent and value of what is not zero, row by row."""
-    if s.cfg["architecture"] == "topk":  # what is kept is known: no [N, F] zeros to fill and to search
-        hidden_NF = torch.addmm(s.b_enc, acts_ND - s.b_dec, s.W_enc)
-        if hidden_NF.device.type == "cpu" and hidden_NF.dtype == torch.float32:
-            # as training chooses: torch.topk took a quarter of the pass
-            entries = largest_per_row(hidden_NF, int(s.cfg["k"]), Scratch()).positive()
-            found = (entries.rows, entries.columns, entries.values)
-            return torch.from_numpy(found[0]), torch.from_numpy(found[1]), torch.from_numpy(found[2])
-        value_NK, latent_NK = torch.topk(hidden_NF.relu_(), int(s.cfg["k"]), dim=-1, sorted=False)
-        row_M, place_M = value_NK.nonzero(as_tuple=True)
-        return row_M, latent_NK[row_M, place_M], value_NK[row_M, place_M]
-    latents_NF = s.encode(acts_ND)
-    at_M = _nonzero(latents_NF)
-    row_M = at_M // latents_NF.shape[1]
-    return row_M, at_M - row_M * latents_NF.shape[1], latents_NF.view(-1)[at_M]
+    recon_ND = torch.nn.functional.embedding_bag(
+        latent_M, s.W_dec, starts_N, mode="sum", per_sample_weights=value_M.to(s.dtype)
+    )
+    return Codes(len(acts_ND), found.rows, found.columns, found.values), recon_ND + s.b_dec
 
 
 def _nonzero(latents_NF: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from sae.evals.latents import Codes, LatentStats, encode
 from sae.evals.reconstruction import Reconstruction, RowValues, join_values
 from sae.evals.rows import Part, RowParts
 from sae.evals.spread import Spread
+from sae.select import Scratch
 
 _CHUNK_VALUES = 2**25  # latents of a chunk: 128 MB as dense float32
 _GROUPINGS = ("document", "position", "norm")
@@ -244,12 +245,12 @@ def _measure_sae(
     sums.spread.begin(len(sequences))
     found: list[RowValues] = []
     l0, l1 = [], []
-    device = device_of(s)
+    device, scratch = device_of(s), Scratch()
     step = chunk_rows(sums.latents.d_sae)
     for start in range(0, len(acts_ND), step):
         here = slice(start, min(start + step, len(acts_ND)))
         chunk_ND = acts_ND[here].to(device)
-        codes, recon_ND = encode(s, chunk_ND)
+        codes, recon_ND = encode(s, chunk_ND, scratch)
         found.append(sums.recon.update(chunk_ND, recon_ND))
         sums.latents.update(codes, part.sequence_N[here], part.position_N[here])
         sums.spread.update(codes, local_N[here], part.position_N[here])

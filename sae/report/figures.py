@@ -16,7 +16,18 @@ from sae.evals.definitions import DEFINITIONS
 from sae.report.entries import Entry
 from sae.report.words import with_error
 
-_NOT_FIGURES = {"eval_version", "sae", "dataset", "split", "n_rows", "n_sequences", "n_tokens", "model"} | {
+_NOT_FIGURES = {
+    "eval_version",
+    "sae",
+    "dataset",
+    "split",
+    "n_rows",
+    "n_sequences",
+    "n_tokens",
+    "model",
+    "settings",
+    "eval_batch_sequences",
+} | {
     "standard_errors",
     "histograms",
 }

@@ -6,14 +6,19 @@ runs here, so the states of a RayJob are set by the tests.
 
 import json
 import shutil
+import sys
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-import crd
 import jsonschema
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "deploy"))
+
+from deployments import strict_schema
 
 from cluster.attempts import ClusterError
 from cluster.config import ConfigError, KubeRay, Run, Step, Workers
@@ -44,10 +49,7 @@ PIPELINE = replace(PLAIN, command=(), root="s3://b/p", steps=(Step(name="a", com
 
 @pytest.fixture(scope="module")
 def rayjob():
-    schema = crd.schema("rayjobs")
-    if schema is None:
-        pytest.skip("KubeRay's CRDs are not on this machine (shared/schemas/kuberay)")
-    return jsonschema.Draft202012Validator(schema)
+    return jsonschema.Draft202012Validator(strict_schema("RayJob"))
 
 
 @pytest.mark.parametrize("run", [FULL, PLAIN, PIPELINE], ids=["full", "plain", "pipeline"])

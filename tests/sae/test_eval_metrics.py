@@ -28,6 +28,7 @@ from sae.evals.probing import (
 from sae.evals.reconstruction import row_values
 from sae.evals.rows import RowParts
 from sae.evals.spread import Spread
+from sae.select import Scratch
 
 SITE = "blocks.0.hook_resid_post"
 D_MODEL = 24
@@ -85,11 +86,11 @@ def test_buckets():
     assert norm_bucket(np.array([0, 1, 2, 2.9, 1e9]), 1.0).tolist() == [-8, 0, 2, 3, 8]
 
 
-@pytest.mark.parametrize("architecture", ["topk", "standard", "jumprelu"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "standard", "jumprelu"])
 def test_codes_and_reconstruction_of_an_sae_are_its_own(architecture):
-    extra = {"threshold": torch.full((30,), 0.3)} if architecture == "jumprelu" else {}
+    extra = {"threshold": torch.full((30,), 0.3)} if architecture in ("jumprelu", "batchtopk") else {}
     s, x = native(architecture, **extra), torch.randn(50, 12) * 3
-    codes, recon = encode(s, x)
+    codes, recon = encode(s, x, Scratch())
     assert torch.allclose(recon, s(x), atol=1e-5)
     dense = np.zeros((50, 30), np.float32)
     dense[codes.row_C, codes.latent_C] = codes.value_C

@@ -292,6 +292,7 @@ def test_every_field_has_an_option_with_help(capsys: pytest.CaptureFixture[str])
         assert name in text
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_and_a_rerun_completes(
     dataset: object, tmp_path: Path
 ) -> None:

@@ -8,8 +8,9 @@ import torch
 from toy_dataset import RandomTopK, tiny_lm, toy_dataset
 
 from sae import SAE, snippets
+from sae.codes import encode_sparse
 from sae.select import Scratch
-from sae.snippets import AFTER, BEFORE, BINS, NEAR, SAMPLED, TOP, WIDTH, collect, encode_sparse
+from sae.snippets import AFTER, BEFORE, BINS, NEAR, SAMPLED, TOP, WIDTH, collect
 
 D, F = 24, 40
 SITE = "blocks.0.hook_resid_post"
