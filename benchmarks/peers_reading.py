@@ -50,6 +50,8 @@ import numpy as np
 CONTEXT = 256
 BATCH = 4096
 FORMS = ("row", "run")
+SETTLE_S = 3.0
+"""Before each pass: the workers of a loader whose pass was cut short go on for a while."""
 REPLY = "@@"
 """Begins a child's line that is meant for us; libraries print too."""
 PEERS = {
@@ -173,6 +175,7 @@ def compare(options: argparse.Namespace) -> None:
             readers += child.readers()
         for i in range(options.passes + 1):
             for reader in readers:
+                time.sleep(SETTLE_S)
                 took = reader.take()
                 reader.passes.append(took)
                 shown = f"{reader.name} {reader.settings} {took['rows_per_s']:,.0f} rows/s"
