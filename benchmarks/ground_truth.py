@@ -28,8 +28,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "sae"))
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "sae"))  # tests/sae is no package: ours comes first
 
 import features
 import peers
