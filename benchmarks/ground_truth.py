@@ -28,8 +28,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "sae"))  # tests/sae is no package: ours comes first
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "sae"))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before tests/, whose folders have the packages' names
 
 import features
 import peers

@@ -33,8 +33,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "sae"))  # tests/sae is no package: ours comes first
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "sae"))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before tests/, whose folders have the packages' names
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ from sae.architectures import Architecture
 from sae.learner import Learner
 from sae.training import Rules
 
+ROOT = Path(__file__).parents[1]
 D_IN, N_BATCHES = 192, 40
 FLAGS = ("default", "onednn", "autocast")
 _NEVER = 10**12
