@@ -6,19 +6,17 @@ afterwards whether the work is done, and that decides. It starts on port 6379, n
 `ray stop`.
 """
 
-import json
 import os
 import shlex
 import shutil
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from .attempts import Attempt, Backend, ClusterError, parse_id
+from .attempts import Attempt, ClusterError
 from .config import ConfigError, Run
-from .local import follow_file, state_directory
 from .ray_jobs import require_env
+from .state import StateDirectory
 from .steps import STOPPED
 
 _PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "RESIZING", "SUSPENDED")
@@ -90,42 +88,16 @@ exit "$code"
 """
 
 
-class SlurmJobs(Backend):
-    """The runs of one state directory; `None`: the user's."""
+class SlurmJobs(StateDirectory):
+    """Jobs of Slurm. Without Slurm here, an attempt without an exit code is as it was submitted."""
 
-    def __init__(self, directory: Path | None = None) -> None:
-        self._directory = directory or state_directory() / "slurm"
+    kind = "slurm"
 
-    def attempts(self, run: str | None = None) -> list[Attempt]:
-        """See `Backend`. Without Slurm here, an attempt without an exit code is as it was submitted."""
-        found = []
-        for path in self._directory.glob("*/attempt.json"):
-            parsed = parse_id(path.parent.name)
-            if parsed is not None and run in (None, parsed[0]):
-                found.append(self._attempt(*parsed))
-        return sorted(found, key=lambda a: a.number if run else a.started_s or 0)
+    def _describe(self, stored: dict[str, Any]) -> str:
+        return f"Slurm job {stored['job']}"
 
-    def _attempt(self, run: str, number: int) -> Attempt:
-        place = self._directory / f"{run}-{number}"
-        stored = json.loads((place / "attempt.json").read_text())
-        ended = None
-        try:
-            code = int((place / "exit").read_text())
-        except FileNotFoundError:
-            status, message = _queued(stored["job"])
-        else:
-            status = {0: "SUCCEEDED", STOPPED: "STOPPED"}.get(code, "FAILED")
-            message = f"Slurm job {stored['job']}, exit code {code}, log {place / 'log'}"
-            ended = (place / "exit").stat().st_mtime
-        return Attempt(
-            run=run,
-            number=number,
-            status=status,
-            entrypoint=stored["entrypoint"],
-            message=message,
-            started_s=stored["started_s"],
-            ended_s=ended,
-        )
+    def _without_exit(self, stored: dict[str, Any], place: Path) -> tuple[str, str, float | None]:
+        return *_queued(stored["job"]), None
 
     def request(self, run: Run, attempt: int | str) -> str:
         """The script."""
@@ -136,37 +108,18 @@ class SlurmJobs(Backend):
         """See `Backend`."""
         require_env(run)
         _program("sbatch")
-        place = self._directory / f"{run.name}-{attempt}"
-        try:
-            place.mkdir(parents=True)
-        except FileExistsError as err:
-            raise ClusterError(
-                f"{run.name}-{attempt} already exists: somebody else has just submitted it"
-            ) from err
+        place = self._claim(run, attempt)
         (place / "script.sh").write_text(script(run, place))
         try:
             job = _slurm("sbatch", "--parsable", str(place / "script.sh")).partition(";")[0].strip()
         except ClusterError:
             shutil.rmtree(place)
             raise
-        stored = {"job": job, "entrypoint": run.entrypoint, "started_s": time.time()}
-        (place / "attempt.partial").write_text(json.dumps(stored))
-        (place / "attempt.partial").rename(place / "attempt.json")
-
-    def logs(self, attempt: Attempt) -> str:
-        """See `Backend`."""
-        log = self._directory / attempt.id / "log"
-        return log.read_text(errors="replace") if log.exists() else ""
-
-    def follow(self, attempt: Attempt, write: Callable[[str], object]) -> Attempt:
-        """See `Backend`."""
-        return follow_file(
-            self._directory / attempt.id / "log", write, lambda: self._attempt(attempt.run, attempt.number)
-        )
+        self._record(place, run, job=job)
 
     def stop(self, attempt: Attempt) -> Attempt:
         """`scancel --signal=TERM --batch`: the script passes it on and waits; a job that waits in the queue is removed."""
-        job = json.loads((self._directory / attempt.id / "attempt.json").read_text())["job"]
+        job = self._stored(self._directory / attempt.id)["job"]
         if attempt.status == "PENDING":
             _slurm("scancel", job)
             (self._directory / attempt.id / "exit").write_text(f"{STOPPED}\n")
