@@ -76,12 +76,12 @@ def _store_checks(root: str, storage_options: Mapping[str, Any] | None) -> Itera
     yield done
     if not done["ok"]:
         return
+    yield _tried("ranged get", lambda: _read_range(store, key), allow.format("s3:GetObject"))
     yield _tried(
         "conditional put",
         lambda: _put_again(store, key),
         "use a store that honours If-None-Match (S3, MinIO, R2, GCS): two runs at once could overwrite blocks here",
     )
-    yield _tried("ranged get", lambda: _read_range(store, key), allow.format("s3:GetObject"))
     yield _tried(
         "list and clock",
         lambda: _clock(store, key, begun),

@@ -30,10 +30,9 @@ class S3Store(ObjectStore):
     concurrent_reads = 8  # each of several parts
 
     def __init__(self, url: str, storage_options: dict[str, Any], retry: Retry | None = None) -> None:
-        config = {"retries": {"total_max_attempts": 1, "mode": "standard"}}
         options = {
             **storage_options,
-            "config_kwargs": config | dict(storage_options.get("config_kwargs") or {}),
+            "config_kwargs": _client_config() | dict(storage_options.get("config_kwargs") or {}),
         }
         super().__init__(url, options, retry)
         self._fs.retries = 1  # s3fs's own loop around every request; the instance is ours by config_kwargs
@@ -149,3 +148,16 @@ def _extend(limit: asyncio.Timeout, size_bytes: int) -> None:
     when = limit.when()
     assert when is not None
     limit.reschedule(when + size_bytes / _SLOWEST_BYTES_PER_S)
+
+
+def _client_config() -> dict[str, Any]:
+    """One attempt a request, since retries are ours; and no checksums of replies, since what we read has its own.
+
+    A server that sends the whole object's checksum with a part of it (rclone) could not be read by range.
+    """
+    from botocore.config import Config
+
+    config: dict[str, Any] = {"retries": {"total_max_attempts": 1, "mode": "standard"}}
+    if "response_checksum_validation" in Config.OPTION_DEFAULTS:  # botocore 1.36 and newer
+        config["response_checksum_validation"] = "when_required"
+    return config
