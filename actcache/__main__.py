@@ -290,7 +290,7 @@ def check(
 ) -> None:
     """Try on this machine what a harvest to ROOT needs, and say what helps where it fails.
 
-    Writes two small objects under ROOT/_checks and removes them. The exit code is 1 if a check fails.
+    Writes a small object under ROOT/_checks and removes it. The exit code is 1 if a check fails.
 
     \b
     Examples:

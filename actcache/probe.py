@@ -63,7 +63,7 @@ def _version(package: str) -> str:
 
 
 def _store_checks(root: str, storage_options: Mapping[str, Any] | None) -> Iterator[Check]:
-    """Put, conditional put, ranged get, clock and delete, on two small objects of our own."""
+    """Put, conditional put, ranged get, clock and delete, on a small object of our own."""
     try:
         store = open_store(root, storage_options).sub("_checks")
     except ActcacheError as err:

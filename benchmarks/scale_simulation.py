@@ -258,13 +258,13 @@ class ModelledStore(Store):
         return True
 
     def folders(self, prefix: str = "") -> list[str]:
-        raise NotImplementedError
+        raise NotImplementedError("neither the driver nor a commit asks for it")
 
     def delete(self, key: str) -> None:
-        raise NotImplementedError
+        raise NotImplementedError("neither the driver nor a commit asks for it")
 
     def sub(self, name: str) -> "Store":
-        raise NotImplementedError
+        raise NotImplementedError("neither the driver nor a commit asks for it")
 
 
 class Records:

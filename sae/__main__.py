@@ -47,7 +47,7 @@ class Group(click.Group):
             ("train", "Train SAEs on a cached dataset of activations."),
             ("progress", "Say how far training has come."),
             ("eval", "Measure trained SAEs on held-out data."),
-            ("report", "Make one HTML page of a run or an SAE."),
+            ("report", "Make HTML pages of a run or an SAE."),
             ("export", "Write an SAE in another project's format."),
         ]
         with formatter.section("Commands"):

@@ -97,12 +97,12 @@ def test_a_stream_that_can_not_restore_is_read_again_up_to_the_row(straight: Pat
     assert _bits(tmp_path) == _bits(straight)
 
 
-def test_a_run_killed_by_sigkill_resumes_to_the_bit(straight: Path, tmp_path: Path) -> None:
-    """A real process, killed at real moments, until one lifetime suffices."""
+def _slow_run(tmp_path: Path) -> Path:
+    """A script that trains CONFIGS into its first argument, slowly; its second is the storage options."""
     script = tmp_path / "run.py"
     script.write_text(
         textwrap.dedent(f"""
-        import sys, time
+        import json, sys, time
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         import torch
         torch.set_num_threads({torch.get_num_threads()})
@@ -115,9 +115,17 @@ def test_a_run_killed_by_sigkill_resumes_to_the_bit(straight: Path, tmp_path: Pa
                     time.sleep(0.02)
                     yield batch
 
-        sae.train(Slow(_acts()), CONFIGS, TRAINING, out=sys.argv[1])
+        out, *options = sys.argv[1:]
+        options = {{"storage_options": json.loads(options[0])}} if options else {{}}
+        sae.train(Slow(_acts()), CONFIGS, TRAINING, out=out, **options)
         """)
     )
+    return script
+
+
+def test_a_run_killed_by_sigkill_resumes_to_the_bit(straight: Path, tmp_path: Path) -> None:
+    """A real process, killed at real moments, until one lifetime suffices."""
+    script = _slow_run(tmp_path)
     out = tmp_path / "out"
     kills = rows = 0
     while kills < 3:
@@ -283,29 +291,13 @@ def test_a_run_on_s3_resumes_to_the_bits_of_a_local_one(straight: Path, s3: dict
 def test_a_run_on_s3_killed_by_sigkill_resumes_to_the_bit(straight: Path, s3: dict, tmp_path: Path) -> None:
     """A real process over HTTP, killed before, within and between its writes to the store."""
     url = "s3://bucket/sae/killed"
-    script = tmp_path / "run.py"
-    script.write_text(
-        textwrap.dedent(f"""
-        import json, sys, time
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import torch
-        torch.set_num_threads({torch.get_num_threads()})
-        import sae
-        from test_checkpoint import CONFIGS, TRAINING, Breaking, _acts
-
-        class Slow(Breaking):
-            def __iter__(self):
-                for batch in super().__iter__():
-                    time.sleep(0.02)
-                    yield batch
-
-        sae.train(Slow(_acts()), CONFIGS, TRAINING, out={url!r}, storage_options=json.loads(sys.argv[1]))
-        """)
-    )
+    script = _slow_run(tmp_path)
     files = run_files(url, s3)
     rows = 0
     for kill in range(3):
-        process = subprocess.Popen([sys.executable, str(script), json.dumps(s3)], stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, str(script), url, json.dumps(s3)], stderr=subprocess.DEVNULL
+        )
         deadline = time.monotonic() + 120
         while process.poll() is None and _stored_rows(files) <= rows and time.monotonic() < deadline:
             time.sleep(0.005)
