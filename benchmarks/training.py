@@ -210,8 +210,8 @@ def learner(case: Case, x_ND: Tensor, l0: int, step: sae.step.StepKind = "sparse
         threshold = torch.quantile(
             pre_NF.flatten()[:: max(1, pre_NF.numel() // 10**6)], 1 - l0 / case.config.d_sae
         )
-        if "log_threshold_F" in p:
-            threshold -= p["log_threshold_F"].exp().mean()
+        if "threshold_F" in p:
+            threshold -= p["threshold_F"].mean()
         for name in ("b_enc_F", "b_mag_F"):
             if name in p:
                 p[name] -= threshold

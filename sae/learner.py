@@ -93,9 +93,8 @@ class Learner:
         given["b_enc_F"] = (s.b_enc if s.b_gate is None else s.b_gate) * self.scale
         if c.architecture == "gated":
             given |= {"b_mag_F": s.b_enc * self.scale, "r_mag_F": s.r_mag}
-        if s.threshold is not None and "log_threshold_F" in self.parameters:
-            # above zero: its logarithm is what is trained
-            given["log_threshold_F"] = (s.threshold * self.scale).clamp_min(1e-12).log().expand(c.d_sae)
+        if s.threshold is not None and "threshold_F" in self.parameters:
+            given["threshold_F"] = (s.threshold * self.scale).expand(c.d_sae)
         if s.threshold is not None and c.learns_threshold_by_average and s.threshold.numel() == 1:
             self.threshold = float(s.threshold) * self.scale
         for name, tensor in given.items():
@@ -149,6 +148,8 @@ class Learner:
         self.optimiser.step()
         if self.config.decoder_norm == "unit":
             normalise_rows(p["W_dec_FD"])
+        if "threshold_F" in p:
+            p["threshold_F"].clamp_(min=0)
         self.rows_since_fired_F += n_rows
         self.rows_since_fired_F[outcome.fired_M] = 0
         if self.config.learns_threshold_by_average and outcome.smallest is not None:
@@ -221,11 +222,9 @@ class Learner:
         p = self.parameters
         norms_F = torch.linalg.vector_norm(p["W_dec_FD"], dim=1)
         p["W_enc_FD"] *= norms_F[:, None]
-        for name in ("b_enc_F", "b_mag_F"):
+        for name in ("b_enc_F", "b_mag_F", "threshold_F"):
             if name in p:
                 p[name] *= norms_F
-        if "log_threshold_F" in p:
-            p["log_threshold_F"] += norms_F.log()
         normalise_rows(p["W_dec_FD"])
 
 
@@ -254,14 +253,13 @@ def geometric_median(x_ND: Tensor, max_steps: int = 100, tolerance: float = 1e-5
 def _initial_parameters(
     config: Architecture, d_in: int, generator: torch.Generator, dtype: torch.dtype
 ) -> Parameters:
-    """Random decoder rows of one norm, encoder its transpose, biases zero (Gao et al. 2024, sec. A.1)."""
+    """Random decoder rows of one norm, the encoder its transpose in direction, biases zero (Gao et al. 2024, sec. A.1)."""
     W_dec_FD = torch.randn(config.d_sae, d_in, generator=generator).to(dtype)
     normalise_rows(W_dec_FD)
-    W_dec_FD *= config.initial_norm
     return {
-        "W_enc_FD": W_dec_FD.clone(),
+        "W_enc_FD": W_dec_FD * config.initial_encoder_norm,
         "b_enc_F": torch.zeros(config.d_sae, dtype=dtype),
-        "W_dec_FD": W_dec_FD,
+        "W_dec_FD": W_dec_FD * config.initial_norm,
         "b_dec_D": torch.zeros(d_in, dtype=dtype),
         **config.extra_parameters(dtype),
     }

@@ -36,6 +36,15 @@ def decode(entries: Entries, values_M: Tensor, W_FD: Tensor, bag_M: np.ndarray, 
     return found
 
 
+def less(recon_ND: Tensor, centred_ND: Tensor, b_dec_D: Tensor) -> Tensor:
+    """x^ - x, in the memory of `recon_ND`; `centred_ND` is x - b_dec, and only b_dec is differentiated.
+
+    Three passes over [N, D] fewer than autograd takes for the same: they took 4 % of a step at d_sae 1536.
+    """
+    found: Tensor = _Less.apply(recon_ND, centred_ND, b_dec_D)
+    return found
+
+
 def pick(values_F: Tensor, entries: Entries) -> Tensor:
     """[M]: `values_F` at each entry's column."""
     found: Tensor = _Pick.apply(values_F, entries)
@@ -130,6 +139,17 @@ class _Decode(torch.autograd.Function):
             grad_M = products(ctx.entries.columns, grad_ND, W_FD, ctx.bag_M, ctx.starts)
         grad_FD = _by_latent(ctx.entries, grad_ND, values_M, ctx.bag_M) if of_W else None
         return None, grad_M, grad_FD, None, None
+
+
+class _Less(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recon_ND: Tensor, centred_ND: Tensor, b_dec_D: Tensor) -> Tensor:
+        ctx.mark_dirty(recon_ND)
+        return recon_ND.sub_(centred_ND)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], None, grads[0].sum(0)
 
 
 class _Pick(torch.autograd.Function):

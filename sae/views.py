@@ -49,6 +49,9 @@ class View(Protocol):
     def decode(self, values: Tensor, W_dec_FD: Tensor) -> Tensor:
         """[N, D]: z W_dec, without b_dec."""
 
+    def error(self, values: Tensor, W_dec_FD: Tensor) -> Tensor:
+        """[N, D]: x^ - x."""
+
     def decode_prefixes(self, values: Tensor, W_dec_FD: Tensor, ends: Sequence[int]) -> Tensor:
         """[P, N, D]: z W_dec through the first `ends[p]` latents; `ends` ascending, the last F."""
 
@@ -74,6 +77,9 @@ class Dense:
     def decode(self, values: Tensor, W_dec_FD: Tensor) -> Tensor:
         return values @ W_dec_FD
 
+    def error(self, values: Tensor, W_dec_FD: Tensor) -> Tensor:
+        return values @ W_dec_FD - self.centred_ND
+
     def decode_prefixes(self, values: Tensor, W_dec_FD: Tensor, ends: Sequence[int]) -> Tensor:
         return torch.stack([values[:, :end] @ W_dec_FD[:end] for end in ends])
 
@@ -83,6 +89,7 @@ class Chosen:
 
     def __init__(self, centred_ND: Tensor, p: Parameters, entries: Entries) -> None:
         self.entries, self.n_rows, self.centred_ND = entries, entries.n_rows, centred_ND
+        self._b_dec_D = p["b_dec_D"]
         self.pre = sparse.encode(entries, centred_ND.detach(), p["W_enc_FD"], p["b_enc_F"], p["b_dec_D"])
 
     def per_entry(self, values_F: Tensor) -> Tensor:
@@ -97,6 +104,9 @@ class Chosen:
 
     def decode(self, values: Tensor, W_dec_FD: Tensor) -> Tensor:
         return sparse.decode(self.entries, values, W_dec_FD, self.entries.rows, self.entries.row_starts)
+
+    def error(self, values: Tensor, W_dec_FD: Tensor) -> Tensor:
+        return sparse.less(self.decode(values, W_dec_FD), self.centred_ND.detach(), self._b_dec_D)
 
     def decode_prefixes(self, values: Tensor, W_dec_FD: Tensor, ends: Sequence[int]) -> Tensor:
         e, n_groups = self.entries, len(ends)

@@ -11,7 +11,7 @@ field's `W_enc` [D, F] is a view of it.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -136,8 +136,13 @@ class Architecture(ABC):
 
     @property
     def initial_norm(self) -> float:
-        """Norm of each decoder row, and of the encoder's transpose, at the start."""
+        """Norm of each decoder row at the start."""
         return 1.0
+
+    @property
+    def initial_encoder_norm(self) -> float:
+        """Norm of each latent's encoder weights at the start; their direction is the decoder row's."""
+        return self.initial_norm
 
     def extra_parameters(self, dtype: torch.dtype) -> Parameters:
         """Parameters beside the four that all have, one value a latent, as they start."""
@@ -172,8 +177,23 @@ class Architecture(ABC):
 
 def squared_error(error_ND: Tensor) -> Tensor:
     """mean_N |x - x^|^2, summed over dimensions."""
-    flat = error_ND.reshape(-1)
-    return torch.dot(flat, flat) / error_ND.shape[-2]
+    found: Tensor = _SquaredError.apply(error_ND)
+    return found
+
+
+class _SquaredError(torch.autograd.Function):
+    """Differentiated in one pass; autograd multiplies both sides of a dot product and adds them."""
+
+    @staticmethod
+    def forward(ctx: Any, error_ND: Tensor) -> Tensor:
+        ctx.save_for_backward(error_ND)
+        flat = error_ND.reshape(-1)
+        return torch.dot(flat, flat) / error_ND.shape[-2]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (error_ND,) = ctx.saved_tensors
+        return error_ND * (grads[0] * (2 / error_ND.shape[-2]))
 
 
 def check_coefficient(name: str, value: float) -> None:

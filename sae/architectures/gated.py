@@ -53,7 +53,7 @@ class Gated(Architecture):
         hidden = gate - view.per_entry(p["b_enc_F"])
         magnitude = hidden * view.per_entry(p["r_mag_F"].exp()) + view.per_entry(p["b_mag_F"])
         latents = torch.relu(magnitude) * (gate > 0)
-        error_ND = view.decode(latents, p["W_dec_FD"]) - view.centred_ND
+        error_ND = view.error(latents, p["W_dec_FD"])
         opened = torch.relu(gate)
         gate_error_ND = view.decode(opened, p["W_dec_FD"].detach()) - view.centred_ND.detach()
         penalty = self.l1_coefficient * moment.sparsity * opened.sum() / view.n_rows

@@ -11,7 +11,9 @@ H is the step function. Its derivative with respect to the threshold is estimate
 with a rectangle of width `bandwidth` (eq. 11 and 12):
     dz/dthreshold = -(threshold / bandwidth) K,    dH/dthreshold = -(1 / bandwidth) K,
     K = 1 where |pre - threshold| < bandwidth / 2, else 0;  nothing flows to pre through H.
-The logarithm of the threshold is what is trained, as in the paper's code.
+The threshold itself is trained and kept at 0 or above, as SAELens does. The paper's code trains its
+logarithm: Adam moves a parameter by about the learning rate a step, so 3,000 steps of 1e-3 took a
+threshold of 0.01 to 0.2 at most, whatever the penalty (docs/benchmarks.md, "Ground truth").
 
 The frequency penalty (Smith et al. 2025, the second progress update of Google DeepMind's
 interpretability team, on removing high-frequency latents; w_0 0.1 and 0.01 there) is L0 for rare
@@ -77,15 +79,15 @@ class JumpReLU(Architecture):
         return self.l0_coefficient if self.target_l0 is None else self.target_l0
 
     def extra_parameters(self, dtype: torch.dtype) -> Parameters:
-        return {"log_threshold_F": torch.full((self.d_sae,), math.log(self.initial_threshold), dtype=dtype)}
+        return {"threshold_F": torch.full((self.d_sae,), self.initial_threshold, dtype=dtype)}
 
     def choose(self, pre_NF: Tensor, p: Parameters, scratch: Scratch) -> Entries:
-        return above(pre_NF, p["log_threshold_F"].detach().exp() - self.bandwidth / 2, scratch)
+        return above(pre_NF, p["threshold_F"].detach() - self.bandwidth / 2, scratch)
 
     def loss(self, view: View, p: Parameters, moment: Moment) -> Terms:
-        threshold = view.per_entry(p["log_threshold_F"].exp())
+        threshold = view.per_entry(p["threshold_F"])
         latents: Tensor = _Jump.apply(view.pre, threshold, self.bandwidth)
-        error_ND = view.decode(latents, p["W_dec_FD"]) - view.centred_ND
+        error_ND = view.error(latents, p["W_dec_FD"])
         active: Tensor = _Step.apply(view.pre, threshold, self.bandwidth)
         penalty = self.l0_coefficient * moment.sparsity * self._penalty(view, active)
         return Terms(squared_error(error_ND) + penalty, error_ND, latents)
@@ -98,7 +100,7 @@ class JumpReLU(Architecture):
         return l0 if self.target_l0 is None else (l0 / self.target_l0 - 1).square()
 
     def inference(self, p: Parameters, threshold: float | None) -> dict[str, Tensor]:
-        return {"b_enc": p["b_enc_F"], "threshold": p["log_threshold_F"].exp()}
+        return {"b_enc": p["b_enc_F"], "threshold": p["threshold_F"]}
 
 
 class _Jump(torch.autograd.Function):

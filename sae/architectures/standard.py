@@ -64,7 +64,7 @@ class Standard(Architecture):
 
     def loss(self, view: View, p: Parameters, moment: Moment) -> Terms:
         latents = torch.relu(view.pre)
-        error_ND = view.decode(latents, p["W_dec_FD"]) - view.centred_ND
+        error_ND = view.error(latents, p["W_dec_FD"])
         l1_F = view.per_latent(latents)
         if self.decoder == "free":
             l1_F = l1_F * torch.linalg.vector_norm(p["W_dec_FD"], dim=1)

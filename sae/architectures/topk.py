@@ -5,11 +5,14 @@
 
 `k` alone controls L0: it is k wherever at least k pre-activations are positive, fewer where not.
 The ReLU is that of the published code (OpenAI, SAELens). Decoder rows are of unit norm. Defaults:
-AuxK from Gao et al. sec. 2.4 and A.2; the learning rate is the trainer's, from the same paper.
+AuxK from Gao et al. sec. 2.4 and A.2; the learning rate is the trainer's, from the same paper. The
+encoder starts as a tenth of the decoder's transpose, not as the transpose itself: SAEs then end
+better (docs/benchmarks.md, "First encoder weights").
 
 Shapes: N rows, F = d_sae.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,15 +37,25 @@ class TopK(Architecture):
     k: int
     """Latents active in each row, e.g. 32; batchtopk and matryoshka: on average over a batch."""
 
+    encoder_norm: float = 0.1
+    """Norm of each latent's encoder weights at the start, where decoder rows have 1. topk, batchtopk and
+    matryoshka; 1 is the decoder's transpose, as published."""
+
     revive: Revival | None = _AUXK
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_k(self.k, self.d_sae)
+        if not 0 < self.encoder_norm < math.inf:
+            raise ValueError(f"encoder_norm is {self.encoder_norm}; it must be positive")
 
     @property
     def sparsity(self) -> float:
         return self.k
+
+    @property
+    def initial_encoder_norm(self) -> float:
+        return self.encoder_norm
 
     @property
     def k_per_row(self) -> int | None:
@@ -57,5 +70,5 @@ class TopK(Architecture):
 
     def loss(self, view: View, p: Parameters, moment: Moment) -> Terms:
         latents = view.kept(torch.relu(view.pre))
-        error_ND = view.decode(latents, p["W_dec_FD"]) - view.centred_ND
+        error_ND = view.error(latents, p["W_dec_FD"])
         return Terms(squared_error(error_ND), error_ND, latents)

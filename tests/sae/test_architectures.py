@@ -56,7 +56,9 @@ def _case(
         "b_dec_D": draw(D),
     }
     for name in config.extra_parameters(dtype):
-        p[name] = draw(F) / 4 - (1 if name == "log_threshold_F" else 0)
+        p[name] = draw(F) / 4
+        if name == "threshold_F":
+            p[name] = (p[name] - 1).exp()
     dead_A = torch.randperm(F, generator=g)[:n_dead].sort().values
     return p, draw(N, D) + 1, dead_A
 
@@ -159,7 +161,7 @@ def _paper(config: Architecture, p: Parameters, x: Tensor, sparsity: float) -> T
             aux = (x - frozen).pow(2).sum(1).mean()
             return mse(z) + sparsity * config.l1_coefficient * relu(pre).sum(1).mean() + aux
         case sae.JumpReLU():  # Rajamanoharan et al. 2024b, eq. 9-12
-            theta = p["log_threshold_F"].exp()
+            theta = p["threshold_F"]
             on = _heaviside_through(pre, theta, config.bandwidth)
             # through z the rectangle weighs theta, not pre: dz/dtheta = -(theta / bandwidth) K
             z = pre * (pre > theta) + theta.detach() * (on - on.detach())
@@ -439,6 +441,15 @@ PLANTED: list[Architecture] = [
     sae.BatchTopK(d_sae=48, k=3),
     sae.Matryoshka(d_sae=48, k=3, prefixes=(40,)),
 ]
+
+
+@every
+def test_first_weights_are_one_direction_a_latent_with_the_norms_asked_for(config: Architecture) -> None:
+    p = Learner(config, D, 1.0, sae.Training(n_rows=100).rules(config), seed=0).parameters
+    encoder_F, decoder_F = (torch.linalg.vector_norm(p[name], dim=1) for name in ("W_enc_FD", "W_dec_FD"))
+    assert encoder_F.numpy() == pytest.approx(config.initial_encoder_norm)
+    assert decoder_F.numpy() == pytest.approx(0.1 if config.decoder_norm == "free" else 1)
+    assert torch.cosine_similarity(p["W_enc_FD"], p["W_dec_FD"]).numpy() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("config", PLANTED, ids=lambda c: c.architecture)

@@ -29,6 +29,7 @@ def test_openai_topk_is_the_papers() -> None:
         10_000_000,
     )
     assert preset.batch_size == 131_072
+    assert preset.configs[0].initial_encoder_norm == 1  # the decoder's transpose
     assert preset.configs[0].revive.aux_coefficient == 1 / 32  # type: ignore[union-attr]
 
 
