@@ -4,7 +4,7 @@
 
 Knows nothing of our `sae`; the rows come through `actcache` in the order that our trainer gets them.
 The job: url, site, batch_size, n_rows, order_seed, lr, architecture, options (of SAELens' config),
-initial (safetensors), out. With `record` (steps) it writes recorded.safetensors in place of training
+initial (safetensors), out; a factor `scale` of the rows and `threads`, if not 1. With `record` (steps) it writes recorded.safetensors in place of training
 to the end: parameters, loss and gradients before clipping of each of these steps. A job that ends leaves
 done.json, a copy of itself, in its `out`.
 """
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from sae_lens import LoggingConfig
 from sae_lens.config import SAETrainerConfig
@@ -26,13 +27,13 @@ import actcache
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # SAEs this small are slower on two
     for path in sys.argv[1:]:
         run(json.loads(Path(path).read_text()))
 
 
 def run(job: dict[str, Any]) -> None:
     """One job, from its first weights to its files."""
+    torch.set_num_threads(job.get("threads", 1))  # the smallest SAEs are slower on two
     sae = initialised(job)
     trainer = SAETrainer(config(job), sae, rows(job))
     if job.get("record"):
@@ -66,7 +67,7 @@ def rows(job: dict[str, Any]) -> Iterator[torch.Tensor]:
         metadata=False,
     )
     for batch in stream:
-        yield torch.from_numpy(batch[job["site"]].copy())
+        yield torch.from_numpy(batch[job["site"]] * np.float32(job.get("scale", 1)))
 
 
 def config(job: dict[str, Any]) -> SAETrainerConfig:
