@@ -171,6 +171,12 @@ def _run_options() -> list[click.Parameter]:
             "runs of a few hundred steps end worse, long ones as well (docs/sae.md).",
         ),
         click.Option(
+            ["--device"],
+            metavar="DEVICE",
+            help="Where to train: cpu, cuda or cuda:1. Another run of the same settings may take over elsewhere. "
+            "[default: cpu]",
+        ),
+        click.Option(
             ["--log"],
             metavar="NAME,...",
             help="Curves for tensorboard, wandb or both, beside metrics.jsonl, in DIR/tensorboard and DIR/wandb. "
@@ -207,11 +213,12 @@ def _train(config: Path | None, storage_options: dict[str, Any], json: bool, **o
     import actcache
 
     from .trackers import make_trackers
-    from .train import Training, run_names, train
+    from .train import Training, checked_device, run_names, train
 
     given = {name: value for name, value in options.items() if value not in (None, ())}
     settings = _settings(config, given)
     out, storage_options = settings["out"], {**settings["storage_options"], **storage_options}
+    device = checked_device(settings.get("device", "cpu"))
     make_trackers(settings.get("log", ()), out)  # what is missing is known before anything is read
     ds = actcache.open(settings["data"], storage_options=storage_options)
     values = {f.name: given[f.name] for f in fields(Training) if f.name in given}
@@ -242,6 +249,7 @@ def _train(config: Path | None, storage_options: dict[str, Any], json: bool, **o
         out=out,
         log=settings.get("log", ()),
         storage_options=storage_options,
+        device=device,
     )
     _show_results(out, run_names(list(saes)), storage_options, as_json=json)
 
@@ -253,7 +261,7 @@ def _settings(config: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
     found = {"storage_options": {}, "training": {}} if config is None else read_file(config)
     found |= {
         name: given[name]
-        for name in ("data", "site", "out", "batch_size", "epochs", "rotated")
+        for name in ("data", "site", "out", "batch_size", "epochs", "rotated", "device")
         if name in given
     }
     if "log" in given:

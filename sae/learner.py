@@ -33,6 +33,7 @@ class Learner:
         rules: learning rate and the like.
         seed: decides the initial weights, alone with `config` and `d_in`: an SAE trained beside
             others equals the same one trained alone.
+        device: where weights are, and batches must be.
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class Learner:
         rules: Rules,
         seed: int,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.d_in, self.scale, self.rules = config, d_in, scale, rules
         self.generator = torch.Generator().manual_seed(seed)
-        self.parameters = _initial_parameters(config, d_in, self.generator, dtype)
+        initial = _initial_parameters(config, d_in, self.generator, dtype)
+        self.parameters = {name: tensor.to(device) for name, tensor in initial.items()}
         self.average = {n: p.clone() for n, p in self.parameters.items()} if rules.ema_decay else {}
-        self.rows_since_fired_F = torch.zeros(config.d_sae, dtype=torch.int64)
+        self.rows_since_fired_F = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
         self.threshold: float | None = None
         self.rows = 0
         self.scratch = Scratch()
@@ -56,7 +59,7 @@ class Learner:
         self.optimiser = torch.optim.Adam(tensors, lr=rules.lr, betas=rules.betas, eps=rules.eps, fused=True)
         for p in tensors:
             self.optimiser.state[p] = {
-                "step": torch.zeros(()),
+                "step": torch.zeros((), device=device),
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
             }
@@ -183,7 +186,7 @@ class Learner:
             "b_dec": p["b_dec_D"] / self.scale,
             **{name: tensor.clone() for name, tensor in extra.items()},
         }
-        return SAE(cfg, **tensors)
+        return SAE(cfg, **{name: tensor.cpu() for name, tensor in tensors.items()})
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint must hold, but `state`."""

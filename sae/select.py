@@ -11,10 +11,13 @@ Shapes: N rows, F = d_sae, C candidates, M chosen entries.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from . import on_device
 
 _MIN_GROUP = 16
 _MAX_GROUP = 32  # columns under one group maximum: 16-32 were fastest at F 1536 and 6144
@@ -23,7 +26,10 @@ _CACHED_ROWS = 128  # that become float32 at a time: 3 MB at F 6144
 _MARGIN = 8  # more candidates by bfloat16 than are kept: then 0 of 2,048 rows changed on four models
 _GUESS_SHARE = 0.95  # of the last threshold: batches differ by about 1 %, this adds ~10 % candidates
 
-Exact = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+Array = Any
+"""A numpy array where activations are on the CPU, else a tensor on their device."""
+
+Exact = Callable[[Array, Array, Array], Array]
 """Values at (rows, columns, row starts)."""
 
 
@@ -35,12 +41,14 @@ class Scratch:
     guess: float = 0.0
     """Where `largest_in_batch` starts looking; it decides the speed, never the result."""
 
-    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def get(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None
+    ) -> Tensor:
         """A contiguous tensor of this shape with undefined content; the same memory at every call."""
         size = int(np.prod(shape))
         buffer = self.buffers.get(name)
         if buffer is None or buffer.dtype != dtype or buffer.numel() < size:
-            buffer = self.buffers[name] = torch.empty(size, dtype=dtype)
+            buffer = self.buffers[name] = torch.empty(size, dtype=dtype, device=device)
         return buffer[:size].view(shape)
 
 
@@ -49,18 +57,20 @@ class Entries:
     """Chosen latents of a batch in row order (CSR): `values[m]` at (`rows[m]`, `columns[m]`)."""
 
     n_columns: int
-    rows: np.ndarray
-    columns: np.ndarray
-    row_starts: np.ndarray
+    rows: Array
+    columns: Array
+    row_starts: Array
     """[N + 1]: entries of row n are `row_starts[n]:row_starts[n + 1]`."""
-    values: np.ndarray
+    values: Array
 
     @property
     def n_rows(self) -> int:
         return len(self.row_starts) - 1
 
     def positive(self) -> "Entries":
-        """Without the entries that ReLU sets to zero."""
+        """Without the entries that ReLU sets to zero; on a GPU, which would have to be waited for, with them."""
+        if isinstance(self.values, Tensor):
+            return self
         keep_M = self.values > 0
         if keep_M.all():
             return self
@@ -68,8 +78,10 @@ class Entries:
         return Entries(self.n_columns, self.rows[keep_M], self.columns[keep_M], starts, self.values[keep_M])
 
     @cached_property
-    def by_column(self) -> tuple[np.ndarray, np.ndarray]:
+    def by_column(self) -> tuple[Array, Array]:
         """(order, starts): entries `order[starts[f]:starts[f + 1]]` are those of column f, rows ascending."""
+        if isinstance(self.columns, Tensor):
+            return on_device.by_column(self.columns, self.n_columns)
         # numpy sorts 16-bit keys by radix: 0.25 ms for 65k entries against 3.3 ms for 32-bit keys
         keys = self.columns.astype(np.uint16) if self.n_columns <= 1 << 16 else self.columns
         counts_F = np.bincount(self.columns, minlength=self.n_columns)
@@ -88,6 +100,8 @@ def largest_per_row(pre_NF: Tensor, k: int, scratch: Scratch, exact: Exact | Non
     """
     n, f = pre_NF.shape
     wanted = k if exact is None else min(k + _MARGIN, f)
+    if _elsewhere(pre_NF):
+        return _largest_per_row_there(pre_NF, k, wanted, exact)
     flat_C, values_C = _candidates(pre_NF, wanted, scratch)
     starts = np.searchsorted(flat_C, np.arange(n + 1) * f)
     counts_N = np.diff(starts)
@@ -112,6 +126,8 @@ def largest_in_batch(pre_NF: Tensor, n_entries: int, scratch: Scratch) -> Entrie
     Starts from a guess of the threshold, taken from the batch before; when the guess was too
     high, from zero. A flat `torch.topk` took 100 ms at F 6144 where this takes 2-6.
     """
+    if _elsewhere(pre_NF):
+        return _entries_there(pre_NF, on_device.top_places(pre_NF, n_entries))
     maxima_NG = _maxima(pre_NF, max(1, n_entries // max(len(pre_NF), 1)), scratch)
     dtype = pre_NF.numpy().dtype
     flat_C, values_C = np.empty(0, np.int64), np.empty(0, dtype)
@@ -134,10 +150,38 @@ def largest_in_batch(pre_NF: Tensor, n_entries: int, scratch: Scratch) -> Entrie
 def above(pre_NF: Tensor, floor_F: Tensor, scratch: Scratch) -> Entries:
     """The entries that exceed their latent's floor."""
     n, f = pre_NF.shape
+    if _elsewhere(pre_NF):
+        return _entries_there(pre_NF, (pre_NF > floor_F).reshape(-1).nonzero()[:, 0])
     mask_NF = scratch.get("mask", (n, f), torch.bool)
     torch.gt(pre_NF, floor_F, out=mask_NF)
     flat_C = np.flatnonzero(mask_NF.numpy())
     return _entries(pre_NF, flat_C, pre_NF.numpy().reshape(-1)[flat_C])
+
+
+def _elsewhere(pre_NF: Tensor) -> bool:
+    return pre_NF.device.type != "cpu"
+
+
+def _largest_per_row_there(pre_NF: Tensor, k: int, wanted: int, exact: Exact | None) -> Entries:
+    n, f = pre_NF.shape
+    columns_NC = on_device.top_columns(pre_NF, wanted)
+    rows_NC = torch.arange(n, device=pre_NF.device).unsqueeze(1)
+    if exact is None:
+        values_NC = pre_NF.gather(1, columns_NC)
+    else:
+        starts = torch.arange(n + 1, device=pre_NF.device) * wanted
+        values_NC = exact(rows_NC.expand(n, wanted).flatten(), columns_NC.flatten(), starts).view(n, wanted)
+        kept_Nk = on_device.top_columns(values_NC, k)
+        columns_NC, values_NC = columns_NC.gather(1, kept_Nk), values_NC.gather(1, kept_Nk)
+    starts = torch.arange(n + 1, device=pre_NF.device) * k
+    return Entries(f, rows_NC.expand(n, k).flatten(), columns_NC.flatten(), starts, values_NC.flatten())
+
+
+def _entries_there(pre_NF: Tensor, flat_M: Tensor) -> Entries:
+    n, f = pre_NF.shape
+    rows_M = flat_M // f
+    starts = on_device.row_starts(rows_M, n)
+    return Entries(f, rows_M, flat_M - rows_M * f, starts, pre_NF.reshape(-1)[flat_M])
 
 
 def _candidates(pre_NF: Tensor, k: int, scratch: Scratch) -> tuple[np.ndarray, np.ndarray]:

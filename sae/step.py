@@ -67,9 +67,14 @@ def gradients(
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     values = terms.latents.detach()
     active = values > 0
-    n_active = int(active.sum())
+    smallest = (
+        torch.where(active, values, torch.inf).min() if config.learns_threshold_by_average else loss.detach()
+    )
+    # all figures at once: on a GPU each that is asked for alone would be waited for
+    figures = (loss.detach(), mse, active.sum(), smallest)
+    loss_now, mse_now, n_active, smallest_now = torch.stack([f.double() for f in figures]).tolist()
     if isinstance(view, Chosen):
-        columns = torch.from_numpy(view.entries.columns)
+        columns = torch.as_tensor(view.entries.columns)
         fired_M = columns if n_active == len(columns) else columns[active]
     else:
         fired_M = active.any(0).nonzero()[:, 0]
@@ -78,12 +83,12 @@ def gradients(
             name: torch.zeros_like(leaf) if grad is None else grad
             for (name, leaf), grad in zip(leaves.items(), found, strict=True)
         },
-        loss=loss.item(),
-        mse=mse.item(),
+        loss=loss_now,
+        mse=mse_now,
         row_loss_N=row_loss_N,
-        n_active=n_active,
+        n_active=int(n_active),
         fired_M=fired_M,
-        smallest=values[active].min().item() if n_active and config.learns_threshold_by_average else None,
+        smallest=smallest_now if n_active and config.learns_threshold_by_average else None,
     )
 
 

@@ -51,6 +51,7 @@ def train(
     resume: bool = True,
     log: Sequence[str] = (),
     storage_options: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
 ) -> list[SAE]:
     """Trained SAEs, in the order of `configs`; the data are read once for all of them.
 
@@ -68,6 +69,8 @@ def train(
         resume: False refuses a directory that already holds a run.
         log: beside metrics.jsonl: "tensorboard", "wandb" (sae/trackers.py); changes no number.
         storage_options: what fsspec needs for `out`; never stored.
+        device: where to train, e.g. "cuda"; SAEs come back on the CPU. A run may go on elsewhere, then
+            equal but for rounding.
 
     Raises:
         SpecError: a site that the stream has not, a stream that ends too soon, or a `start` of
@@ -79,7 +82,14 @@ def train(
     listed = [configs] if isinstance(configs, Architecture) else list(configs)
     starts = list(start) if isinstance(start, Sequence) else [start] * len(listed)
     trainer = Trainer(
-        stream, listed, training, start=starts, out=out, log=log, storage_options=storage_options
+        stream,
+        listed,
+        training,
+        start=starts,
+        out=out,
+        log=log,
+        storage_options=storage_options,
+        device=device,
     )
     done = trainer.open(resume)
     if done is not None:
@@ -101,7 +111,9 @@ class Trainer:
         out: str | os.PathLike[str] | None = None,
         log: Sequence[str] = (),
         storage_options: Mapping[str, Any] | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
+        self.device = checked_device(device)
         if not configs:
             raise ValueError(
                 "there is no SAE to train; give at least one config, e.g. sae.TopK(d_sae=1536, k=32)"
@@ -219,11 +231,13 @@ class Trainer:
                 "Open the stream of the dataset that the statistics describe."
             )
         if site not in self._buffers or len(self._buffers[site]) < n:
-            self._buffers[site] = torch.empty(max(n, self.stream.batch_size), d_in)
+            self._buffers[site] = torch.empty(
+                max(n, self.stream.batch_size), d_in, pin_memory=self.device.type == "cuda"
+            )
         x_ND = self._buffers[site][:n]
         scale = np.float32(input_factor(self.stats[site], self.training.input_scale))
         np.multiply(acts_ND[:n], scale, out=x_ND.numpy(), casting="same_kind")
-        return x_ND
+        return x_ND.to(self.device, non_blocking=True)  # each step ends by reading its loss, so it was copied
 
     def _raise_non_finite(self, name: str, outcome: Outcome, acts_ND: np.ndarray) -> None:
         bad = np.flatnonzero(~np.isfinite(acts_ND).all(axis=1))
@@ -282,7 +296,7 @@ class Trainer:
         stats = self.stats[str(config.site)]
         scale = input_factor(stats, self.training.input_scale)
         rules = self.training.rules(config)
-        learner = Learner(config, len(stats["mean"]), scale, rules, self.training.seed)
+        learner = Learner(config, len(stats["mean"]), scale, rules, self.training.seed, device=self.device)
         if start is not None:
             rotation_DD = self.rotations[str(config.site)]
             learner.start_from(start if rotation_DD is None else turned(start, rotation_DD.T))
@@ -297,7 +311,7 @@ class Trainer:
         if self.directory is None:
             return
         tensors = {
-            f"{i}.{name}": tensor
+            f"{i}.{name}": tensor.cpu()
             for i, learner in enumerate(self.learners)
             for name, tensor in learner.tensors().items()
         }
@@ -368,6 +382,23 @@ class Trainer:
         }
 
 
+def checked_device(device: torch.device | str) -> torch.device:
+    """The device, if it is there.
+
+    Raises:
+        SpecError: it is not a device's name, or this machine has none such.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise SpecError(
+            f"device {device!s} can not be used here ({str(error).splitlines()[0]}); give cpu, or cuda on a machine "
+            "with a GPU and a torch built for it"
+        ) from error
+    return found
+
+
 def _version() -> str | None:
     """Of the installed package; None in a checkout on the path."""
     from importlib.metadata import PackageNotFoundError, version
@@ -381,7 +412,7 @@ def _version() -> str | None:
 def _centre(x_ND: Tensor, rule: str) -> Tensor:
     if rule == "geometric_median":
         return geometric_median(x_ND)
-    return x_ND.mean(0) if rule == "mean" else torch.zeros(x_ND.shape[1])
+    return x_ND.mean(0) if rule == "mean" else torch.zeros(x_ND.shape[1], device=x_ND.device)
 
 
 def _resolve_site(site: str | None, sites: Sequence[str]) -> str:

@@ -12,8 +12,8 @@ Shapes: N rows, D = d_in, F = d_sae, M chosen entries, P prefixes. "Per entry" i
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import sparse
@@ -97,7 +97,7 @@ class Chosen:
 
     def per_latent(self, values: Tensor) -> Tensor:
         zeros_F = values.new_zeros(self.entries.n_columns)
-        return zeros_F.index_add(0, torch.from_numpy(self.entries.columns), values)
+        return zeros_F.index_add(0, torch.as_tensor(self.entries.columns), values)
 
     def kept(self, values: Tensor) -> Tensor:
         return values
@@ -110,8 +110,9 @@ class Chosen:
 
     def decode_prefixes(self, values: Tensor, W_dec_FD: Tensor, ends: Sequence[int]) -> Tensor:
         e, n_groups = self.entries, len(ends)
-        group_M = np.searchsorted(np.asarray(ends), e.columns, side="right")
-        bag_M = e.rows * n_groups + group_M  # ascending, for columns ascend within a row
-        starts = np.concatenate([[0], np.cumsum(np.bincount(bag_M, minlength=e.n_rows * n_groups))])
+        columns_M = torch.as_tensor(e.columns)
+        group_M = torch.bucketize(columns_M, torch.tensor(ends, device=columns_M.device), right=True)
+        bag_M = torch.as_tensor(e.rows) * n_groups + group_M  # ascending, for columns ascend within a row
+        starts = F.pad(torch.bincount(bag_M, minlength=e.n_rows * n_groups).cumsum(0), (1, 0))
         parts = sparse.decode(e, values, W_dec_FD, bag_M, starts)
         return parts.view(e.n_rows, n_groups, -1).cumsum(1).transpose(0, 1)

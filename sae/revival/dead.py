@@ -55,7 +55,7 @@ class Dead:
             chosen = torch.topk(view.pre, k, dim=-1).indices
             return view, view.pre * torch.zeros_like(view.pre).scatter(-1, chosen, 1)
         known_ND = self.centred_ND.detach()
-        pre_NA = self.scratch.get("dead", (len(known_ND), self.n), self.pre_NF.dtype)
+        pre_NA = self.scratch.get("dead", (len(known_ND), self.n), self.pre_NF.dtype, known_ND.device)
         torch.index_select(self.pre_NF, 1, self.index_A, out=pre_NA)
         own = self.own  # gathered here: under no_grad it would be cut off from the parameters
         with torch.no_grad():

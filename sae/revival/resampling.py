@@ -60,10 +60,10 @@ class Resampling:
         weights_N = row_loss_N.double().square()
         if not len(dead_A) or not weights_N.sum() > 0:
             return
-        drawn_A = torch.multinomial(weights_N, len(dead_A), replacement=True, generator=generator)
-        u_AD = x_ND[drawn_A] - p["b_dec_D"]
+        drawn_A = torch.multinomial(weights_N.cpu(), len(dead_A), replacement=True, generator=generator)
+        u_AD = x_ND[drawn_A.to(x_ND.device)] - p["b_dec_D"]
         u_AD = u_AD / torch.linalg.vector_norm(u_AD, dim=1, keepdim=True).clamp_min(1e-12)
-        live_F = torch.ones(len(p["b_enc_F"]), dtype=torch.bool)
+        live_F = torch.ones(len(p["b_enc_F"]), dtype=torch.bool, device=x_ND.device)
         live_F[dead_A] = False
         if not live_F.any():
             live_F[:] = True  # all are dead: their own norms are all there is
@@ -71,4 +71,4 @@ class Resampling:
             p[name][dead_A] = u_AD * (scale * torch.linalg.vector_norm(p[name][live_F], dim=1).mean())
         p["b_enc_F"][dead_A] = 0
         for name, values_F in initial.items():
-            p[name][dead_A] = values_F[dead_A]
+            p[name][dead_A] = values_F.to(x_ND.device)[dead_A]
