@@ -156,7 +156,7 @@ class BlockCommit:
                 writes.append(partial(self._exact, name, shard, values.astype(layout[name]["dtype"])))
         return writes
 
-    def record(self, statistics: Mapping[str, Statistics]) -> bytes:
+    def record(self, statistics: Mapping[str, Statistics]) -> BlockRecord:
         """Commit the block; returns the record that holds: this one, or that of who was first.
 
         Then whatever this writer met in the store is looked for once more and written again if it is
@@ -169,7 +169,7 @@ class BlockCommit:
         try:
             self._store.create(record.key, data)
         except Conflict:
-            data = self._other_record(record.key, data)
+            record = self._other_record(record, data)
         for shard in self._found:
             if not self._store.exists(shard.key):
                 log.warning(
@@ -178,19 +178,18 @@ class BlockCommit:
                     shard.key,
                 )
                 self._store.create(shard.key, shard.data)
-        return data
+        return record
 
-    def _other_record(self, key: str, ours: bytes) -> bytes:
-        """What another harvester committed; ours in place of a damaged record."""
-        found = self._store.read(key)
+    def _other_record(self, ours: BlockRecord, data: bytes) -> BlockRecord:
+        """What another harvester committed; ours (`data`) in place of a damaged record."""
+        found = self._store.read(ours.key)
         try:
-            BlockRecord.from_json(found, key)
+            return BlockRecord.from_json(found, ours.key)
         except CorruptObject as err:
             log.warning("%s/%s", self._store.url, err)
-            if not self._store.swap(key, found, ours):  # another writer was first to repair it
-                return self._other_record(key, ours)
+            if not self._store.swap(ours.key, found, data):  # another writer was first to repair it
+                return self._other_record(ours, data)
             return ours
-        return found
 
     def _path(self, path: str) -> str:
         return f"{self._plan.split}/{path}"

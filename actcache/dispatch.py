@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .errors import ActcacheError, WorkerLost
-from .manifest import BlockRecord
 from .progress import Progress, format_bytes, format_count
+from .segments import RecordRows
 
 if TYPE_CHECKING:
     from .engines import Engine, Unit, WorkerState
@@ -53,7 +53,7 @@ class Drain:
 
 def work_off(
     pool: "Engine", units: Iterable["Unit"], drain: Drain
-) -> Iterator[tuple["Unit", bytes | BaseException] | None]:
+) -> Iterator[tuple["Unit", RecordRows | BaseException] | None]:
     """Each unit once with its record or its last error; None whenever nothing new has ended for a while.
 
     Errors that may pass are tried `ATTEMPTS` times; a preempted worker is no fault of its blocks. Once
@@ -119,12 +119,12 @@ class Monitor:
     def elapsed_s(self) -> float:
         return time.monotonic() - self._begun
 
-    def done(self, record: BlockRecord) -> None:
+    def done(self, record: RecordRows) -> None:
         """A block was committed."""
         self._blocks += 1
         self._rows += record.n_rows
-        self._bytes += sum(o.size_bytes for o in record.objects)
-        self._show(record.n_rows, _bits_per_value(record))
+        self._bytes += sum(size_bytes for _, _, size_bytes in record.sizes)
+        self._show(record.n_rows, record)
 
     def failed(self) -> None:
         """A block was set aside."""
@@ -135,20 +135,20 @@ class Monitor:
         """Nothing has happened for a while."""
         self._show(0)
 
-    def _show(self, n_rows: int, bits: str | None = None) -> None:
+    def _show(self, n_rows: int, record: RecordRows | None = None) -> None:
         self._bar.advance(n_rows, blocks=f"{self._blocks}/{self._wanted}")
         now = time.monotonic()
         if now - self._shown > _SHOW_EVERY_S:  # the states of 500 workers take milliseconds to gather
             self._shown = now
-            self._show_all(bits)
+            self._show_all(record)
 
-    def _show_all(self, bits: str | None) -> None:
+    def _show_all(self, record: RecordRows | None) -> None:
         workers = self._pool.workers()
         total = _summed(workers)
         elapsed = max(self.elapsed_s, 1e-9)
         fields: dict[str, object] = {"out": f"{format_bytes(self._bytes / elapsed)}/s"}
-        if bits is not None:
-            fields["bits/value"] = bits
+        if record is not None:
+            fields["bits/value"] = f"{record.bits_per_value:.2f}"
         if len(workers) > 1:
             ready = sum(w.state in ("ready", "busy") for w in workers)
             fields["workers"] = f"{ready}/{len(workers)}"
@@ -222,9 +222,3 @@ def _share(total: Mapping[str, float], name: str) -> float:
     """Of the LM's time: computing, or standing still for one of two reasons. 0 in its first second."""
     whole = sum(total.get(n, 0) for n in ("forward_s", "behind_encode_s", "behind_store_s"))
     return total.get(name, 0) / whole if whole >= 1 else 0.0
-
-
-def _bits_per_value(record: BlockRecord) -> str:
-    stored = sum(o.size_bytes for o in record.objects if o.path.endswith(("/codes", "/scale")))
-    values = sum(len(s.mean_D) for s in record.statistics.values()) * record.n_rows
-    return f"{8 * stored / values:.2f}"

@@ -29,7 +29,6 @@ from .layout import derived_arrays, derived_key, read_calibration, zarr_metadata
 from .lease import Lease
 from .manifest import (
     SPLITS,
-    BlockRecord,
     Manifest,
     latest_version,
     read_manifest,
@@ -347,11 +346,11 @@ def _run(
                 what = str(result) or type(result).__name__
                 log.error("block %d of %s set aside: %s", unit[1], unit[0], what)
                 continue
-            record = BlockRecord.from_json(result, record_key(*unit))
-            state.add(record)
-            monitor.done(record)
+            assert result.key == record_key(*unit), f"{result.key} is not the record of {unit}"
+            state.add(result)
+            monitor.done(result)
             now = time.monotonic()
-            if _version_due(now - last_compact, now - begun, len(state.loose)):
+            if _version_due(now - last_compact, now - begun, state.n_waiting):
                 state.commit({}, {})
                 _write_metadata(state.store, derived)
                 last_compact = now
@@ -391,9 +390,11 @@ def _shown(error: BaseException, store: Store) -> str:
     return (str(error) or type(error).__name__).replace(f"{store.url}/", "")
 
 
-def _version_due(waited_s: float, run_s: float, n_loose: int) -> bool:
+def _version_due(waited_s: float, run_s: float, n_waiting: int) -> bool:
     """Whether to commit a version `waited_s` after the last, `run_s` into the run."""
-    return n_loose >= _COMPACT_EVERY_BLOCKS or waited_s > max(_COMPACT_EVERY_S, _COMPACT_EVERY_SHARE * run_s)
+    return n_waiting >= _COMPACT_EVERY_BLOCKS or waited_s > max(
+        _COMPACT_EVERY_S, _COMPACT_EVERY_SHARE * run_s
+    )
 
 
 def _write_metadata(store: Store, derived: set[str]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from .harvester import Harvester, Job
+from .segments import RecordRows
 
 Unit = tuple[str, int, tuple[str, ...]]
 """(split, block, sites): one thing for a Harvester to do."""
@@ -41,7 +42,7 @@ class Engine(Protocol):
 
     def busy(self) -> bool: ...
     def submit(self, unit: Unit) -> None: ...
-    def completed(self) -> Iterator[tuple[Unit, bytes | BaseException]]:
+    def completed(self) -> Iterator[tuple[Unit, RecordRows | BaseException]]:
         """What has ended; blocks until something has, or for a second or so."""
 
     def straggler(self, wanted: Container[Unit]) -> Unit | None:
@@ -62,7 +63,7 @@ class LocalEngine:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="harvest")
-        self._running: dict[Future[bytes], Unit] = {}
+        self._running: dict[Future[RecordRows], Unit] = {}
         self._harvester: Harvester | None = None
 
     def __enter__(self) -> "LocalEngine":
@@ -90,9 +91,12 @@ class LocalEngine:
         return bool(self._running)
 
     def submit(self, unit: Unit) -> None:
-        self._running[self._pool.submit(self._prepared.run_block, *unit)] = unit
+        self._running[self._pool.submit(self._run_block, unit)] = unit
 
-    def completed(self) -> Iterator[tuple[Unit, bytes | BaseException]]:
+    def _run_block(self, unit: Unit) -> RecordRows:
+        return RecordRows.of(self._prepared.run_block(*unit))
+
+    def completed(self) -> Iterator[tuple[Unit, RecordRows | BaseException]]:
         done, _ = wait(self._running, timeout=1, return_when=FIRST_COMPLETED)
         for future in done:
             yield self._running.pop(future), future.exception() or future.result()

@@ -24,6 +24,7 @@ from .commit import OTHER_ROOT, BlockCommit, check_adopted
 from .corpus import TokenStore, kept_tokens, open_tokens
 from .errors import Conflict, HarvestError, NonFiniteActivation
 from .layout import calibration_key, create_calibration, read_calibration
+from .manifest import BlockRecord
 from .order import permutation
 from .overlap import Room, Times, ahead
 from .statistics import Statistics, merge
@@ -196,8 +197,8 @@ class Harvester:
             except Conflict:
                 continue  # another harvester was first with another kernel: its calibration holds for all
 
-    def run_block(self, split: str, block: int, sites: Sequence[str]) -> bytes:
-        """Compute, store and commit one block for `sites`; returns the record's JSON.
+    def run_block(self, split: str, block: int, sites: Sequence[str]) -> BlockRecord:
+        """Compute, store and commit one block for `sites`; returns the record that holds.
 
         Raises:
             NonFiniteActivation: names site, sequence and position.
@@ -215,7 +216,7 @@ class Harvester:
         in_batches = 3 * min(self.lm_batch, len(plan.length_S)) * plan.input_ids_ST.shape[1] * 4
         return width * (plan.n_rows * self.precision.dtype.itemsize + in_batches)
 
-    def _run_block(self, plan: BlockPlan, sites: Sequence[str]) -> bytes:
+    def _run_block(self, plan: BlockPlan, sites: Sequence[str]) -> BlockRecord:
         commit = BlockCommit(self.store, self.job.identity, plan, {site: self.d_in[site] for site in sites})
         codes, scales, statistics = self._encode(plan, sites, {})
         with self.times.taking("store_s"):

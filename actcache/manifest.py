@@ -193,13 +193,16 @@ OBJECTS = pa.schema(
         ("constant", pa.float64()),
     ]
 )
-_ARRAYS = {"_D": np.dtype("<f8"), "_K": np.dtype("<i8")}
+STATISTIC_ARRAYS = {"_D": np.dtype("<f8"), "_K": np.dtype("<i8")}
 """Dtype of a statistic that is an array, by the end of its name."""
 STATISTICS = pa.schema(
     [("split", pa.string()), ("block", pa.int64()), ("site", pa.string()), ("sites", pa.string())]
     + [("n_sequences", pa.int64())]
     + [
-        (f.name, pa.binary() if f.name[-2:] in _ARRAYS else pa.int64() if f.type is int else pa.float64())
+        (
+            f.name,
+            pa.binary() if f.name[-2:] in STATISTIC_ARRAYS else pa.int64() if f.type is int else pa.float64(),
+        )
         for f in fields(Statistics)
     ]
 )
@@ -231,26 +234,6 @@ _ENCODING: dict[str, dict[str, Any]] = {
     },
     "statistics": {},
 }
-
-
-def write_segment(store: Store, records: Sequence[BlockRecord]) -> Segment:
-    """Compact records into two immutable parquet files, named by their content."""
-    objects, statistics = [], []
-    for r in sorted(records, key=lambda r: r.key):
-        sites = ",".join(sorted(r.statistics))
-        objects += [(o.path, o.shard, r.split, r.block, sites, o) for o in r.objects]
-        for site, s in sorted(r.statistics.items()):
-            row = {"split": r.split, "block": r.block, "site": site, "sites": sites}
-            row |= {"n_sequences": r.n_sequences}
-            for f in fields(s):
-                value = getattr(s, f.name)
-                row[f.name] = _array_bytes(f.name, value) if f.name[-2:] in _ARRAYS else value
-            statistics.append(row)
-    objects.sort(key=lambda o: o[:2])
-    columns = {name: [o[i] for o in objects] for i, name in ((2, "split"), (3, "block"), (4, "sites"))}
-    columns |= {f.name: [getattr(o[5], f.name) for o in objects] for f in fields(ObjectRecord)}
-    tables = (pa.table(columns, OBJECTS), pa.Table.from_pylist(statistics, STATISTICS))
-    return store_segment(store, *tables, len(records))
 
 
 def store_segment(store: Store, objects: pa.Table, statistics: pa.Table, n_records: int) -> Segment:
@@ -331,10 +314,12 @@ def statistics_of(table: pa.Table, split: str, site: str, n_blocks: int) -> list
 def statistics_row(row: Mapping[str, Any]) -> Statistics:
     """The Statistics in one row of a segment table."""
     values: dict[str, Any] = {
-        f.name: np.frombuffer(row[f.name], dtype) if (dtype := _ARRAYS.get(f.name[-2:])) else row[f.name]
+        f.name: np.frombuffer(row[f.name], dtype)
+        if (dtype := STATISTIC_ARRAYS.get(f.name[-2:]))
+        else row[f.name]
         for f in fields(Statistics)
     }
-    for end in _ARRAYS:
+    for end in STATISTIC_ARRAYS:
         if len({len(value) for name, value in values.items() if name.endswith(end)}) != 1:
             raise ValueError("arrays of different lengths")
     return Statistics(**values)
@@ -509,7 +494,7 @@ def _read_committed(store: Store, key: str) -> bytes:
 
 def _statistics_json(statistics: Statistics) -> dict[str, Any]:
     return {
-        f.name: base64.b64encode(_array_bytes(f.name, value)).decode()
+        f.name: base64.b64encode(statistic_bytes(f.name, value)).decode()
         if isinstance(value, np.ndarray)
         else value
         for f in fields(statistics)
@@ -517,14 +502,15 @@ def _statistics_json(statistics: Statistics) -> dict[str, Any]:
     }
 
 
-def _array_bytes(name: str, value: np.ndarray) -> bytes:
-    return value.astype(_ARRAYS[name[-2:]]).tobytes()
+def statistic_bytes(name: str, value: np.ndarray) -> bytes:
+    """The elements of a statistic that is an array, as they are stored."""
+    return value.astype(STATISTIC_ARRAYS[name[-2:]]).tobytes()
 
 
 def _statistics_from(value: Mapping[str, Any]) -> Statistics:
     arrays = {
         k: np.frombuffer(base64.b64decode(v), dtype)
         for k, v in value.items()
-        if (dtype := _ARRAYS.get(k[-2:]))
+        if (dtype := STATISTIC_ARRAYS.get(k[-2:]))
     }
     return Statistics(**{**value, **arrays})

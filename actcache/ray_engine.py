@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from .engines import Unit, WorkerState
 from .errors import ActcacheError, HarvestError, WorkerLost
 from .harvester import Harvester, Job
+from .segments import RecordRows
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +50,10 @@ class HarvesterActor:
         return self._harvester.attention()
 
     def run_block(self, *unit: Any) -> tuple[bytes, dict[str, float]]:
-        """The record, and the times since the start."""
-        record = self._harvester.run_block(*unit)
+        """The record's rows, packed, and the times since the start."""
+        record = RecordRows.of(self._harvester.run_block(*unit))
         times = self._harvester.times.snapshot()
-        return record, times | {"lm_batch": self._harvester.lm_batch}
+        return record.pack(), times | {"lm_batch": self._harvester.lm_batch}
 
     def fidelity(self, site: str) -> dict[str, float | None]:
         return self._harvester.fidelity(site)
@@ -236,7 +237,7 @@ class RayEngine:
                 return unit
         return None
 
-    def completed(self) -> Iterator[tuple[Unit, bytes | BaseException]]:
+    def completed(self) -> Iterator[tuple[Unit, RecordRows | BaseException]]:
         for reference in self._wait(self._running):
             worker, actor, unit, since = self._running.pop(reference)
             self._in_flight[unit] -= 1
@@ -246,7 +247,7 @@ class RayEngine:
                 worker.running -= 1
                 self._place(worker)
             try:
-                record, worker.times = self._call(reference)
+                packed, worker.times = self._call(reference)
             except self._ray.exceptions.RayActorError as err:
                 self._lost(worker, actor, err)
                 yield unit, WorkerLost(f"its worker was lost ({type(err).__name__})", preempted=err.preempted)
@@ -254,7 +255,7 @@ class RayEngine:
                 yield unit, err
             else:
                 self._durations.append(time.monotonic() - since)
-                yield unit, record
+                yield unit, RecordRows.unpack(packed)
 
     def _wait(self, references: Iterable[Any]) -> list[Any]:
         """Those of `references` that are done; after at most a second. Workers that have started are noted."""

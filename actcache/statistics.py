@@ -113,6 +113,64 @@ class Statistics:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class Tally:
+    """What a version's fidelity takes of `Statistics`: squared deviations summed over channels, no norms."""
+
+    n_rows: int
+    mean_D: np.ndarray
+    m2: float
+    n_core: int
+    core_mean_D: np.ndarray
+    core_m2: float
+    sse: float
+    core_sse: float
+    max_error: float
+    rows_rescaled: int
+
+    def fidelity(self) -> dict[str, float]:
+        """As `Statistics.summary` has them."""
+        return {
+            "n_rows": self.n_rows,
+            "fvu_core": self.core_sse / self.core_m2 if self.core_m2 else 0.0,
+            "fvu_all": self.sse / self.m2 if self.m2 else 0.0,
+            "max_error": self.max_error,
+            "rows_rescaled": self.rows_rescaled,
+        }
+
+
+def merge_tallies(parts: Sequence[Tally]) -> Tally:
+    """The tally of all the parts' rows together; the order of parts changes only rounding."""
+    n_rows, mean_D, m2 = _merge_totals([(p.n_rows, p.mean_D, p.m2) for p in parts])
+    n_core, core_mean_D, core_m2 = _merge_totals([(p.n_core, p.core_mean_D, p.core_m2) for p in parts])
+    return Tally(
+        n_rows=n_rows,
+        mean_D=mean_D,
+        m2=m2,
+        n_core=n_core,
+        core_mean_D=core_mean_D,
+        core_m2=core_m2,
+        sse=sum(p.sse for p in parts),
+        core_sse=sum(p.core_sse for p in parts),
+        max_error=max(p.max_error for p in parts),
+        rows_rescaled=sum(p.rows_rescaled for p in parts),
+    )
+
+
+def _merge_totals(parts: Sequence[tuple[int, np.ndarray, float]]) -> tuple[int, np.ndarray, float]:
+    """As `merge_moments`, with the squared deviations summed over channels."""
+    n, mean_D, m2 = parts[0]
+    for n_b, mean_b, m2_b in parts[1:]:
+        if not n_b:
+            continue
+        delta_D = mean_b - mean_D
+        total = n + n_b
+        m2 += m2_b + float(delta_D @ delta_D) * (n * n_b / total)
+        mean_D = mean_D + delta_D * (n_b / total)
+        n = total
+    return n, mean_D, m2
+
+
 def norm_percentiles(bins_K: np.ndarray, counts_K: np.ndarray) -> Mapping[float, float]:
     """The middle of the bin that holds each of `PERCENTILES` of the norms (nearest rank), within 1.1 %."""
     if not len(bins_K):

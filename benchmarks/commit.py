@@ -51,7 +51,7 @@ def measure(directory: str, n_blocks: int, per_commit: int, d_in: int) -> dict[s
     costs = []
     for first in range(0, n_blocks, per_commit):
         for block in range(first, min(first + per_commit, n_blocks)):
-            state.add(synthetic.record("train", block))
+            state.add(synthetic.rows("train", block))
         before = store.requests.total(), store.n_bytes.total()
         begun = time.perf_counter()
         state.commit({}, {})

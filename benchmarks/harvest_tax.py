@@ -26,6 +26,7 @@ from actcache.engines import Engine, LocalEngine, Unit
 from actcache.harvester import plan_block
 from actcache.lm import load_lm, load_tokenizer
 from actcache.ray_engine import RayEngine
+from actcache.segments import RecordRows
 from actcache.sources import resolve_corpus
 from actcache.store import open_store
 
@@ -49,7 +50,7 @@ def work_off(engine: Engine, units: list[Unit]) -> float:
         while left and engine.free():
             engine.submit(left.pop(0))
         for unit, result in engine.completed():
-            assert isinstance(result, bytes), (unit, result)
+            assert isinstance(result, RecordRows), (unit, result)
     return time.perf_counter() - start
 
 

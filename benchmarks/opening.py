@@ -32,6 +32,7 @@ from actcache.manifest import BlockRecord, read_manifest
 from actcache.opened import Opened
 from actcache.order import DEFAULT_LANES, Order, default_window
 from actcache.reader import Dataset
+from actcache.segments import RecordRows
 from actcache.shard import crc32c, encode_chunk, shard_key
 from actcache.store import open_store
 
@@ -72,8 +73,8 @@ def write(directory: str, n_blocks: int, d_in: int) -> dict[str, Any]:
         record = synthetic.record("train", block)
         if block in needed:
             record = _with_chunks(directory, record, needed[block], pool)
-        state.add(record)
-        if len(state.loose) == _PER_COMMIT:
+        state.add(RecordRows.of(record))
+        if state.n_waiting == _PER_COMMIT:
             state.commit({}, {})
     manifest = state.commit(dict.fromkeys(SITES, LOSSES), {})
     assert manifest.complete

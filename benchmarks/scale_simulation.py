@@ -1,10 +1,11 @@
 """A thousand workers on a virtual clock: the real driver, scheduler and commits over a modelled store.
 
 Real: `driver._run`, `dispatch.work_off`, `ray_engine.RayEngine`, `Committed`, segments, manifests and `zarr.json`,
-records parsed as a driver parses them. Modelled: Ray (actors, `wait`), the LM (a time a block), failures,
+records as a driver gets them from its workers. Modelled: Ray (actors, `wait`), the LM (a time a block), failures,
 and an object store with latency and a limit of writes and reads a second for each partition of its keys,
 which answers 503 beyond it; workers then wait as `retry.Retry` says. Simulated seconds are the same on any
-machine and under any load; the driver's CPU time is this process's own and is not.
+machine and under any load; the driver's CPU time is this process's own and is not. With `--d-in` records of that
+width are measured first, and the clock charges the driver for each block what one of them took.
 
 One JSON line a run; then every block must be in the last version once.
 """
@@ -32,9 +33,12 @@ from typing import Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "actcache"))
 
+import numpy as np
+import pyarrow as pa
 import ray.exceptions
 from hardware import report
 from synthetic import LOSSES, Synthetic
+from watched import DictStore
 
 from actcache import dispatch, driver, ray_engine
 from actcache.committed import Committed
@@ -42,6 +46,7 @@ from actcache.errors import StoreError
 from actcache.layout import array_layout
 from actcache.manifest import SPLITS, BlockRecord, Manifest, read_segment_table, record_key
 from actcache.retry import Retry
+from actcache.segments import RecordRows, merge_segments
 from actcache.store import Conflict, Listed, Store
 
 _THREADS = 16  # of the driver's pools: a request in one of them costs its share of the time
@@ -76,7 +81,7 @@ class Setting:
     """A partition that refused requests for so long splits in two, where "splits" (an assumption: S3 says
     only that it scales gradually)."""
     driver_s_per_block: float = 0.001
-    """Virtual time that the driver takes for a block; its requests come on top."""
+    """Virtual time that the driver takes for a block; its requests come on top. See `--d-in`."""
     seed: int = 0
 
 
@@ -268,7 +273,7 @@ class ModelledStore(Store):
 
 
 class Records:
-    """The bytes of any block's record, without keeping them: one template, its numbers put in."""
+    """Any block's record, without keeping it: one template, its numbers put in."""
 
     def __init__(self, synthetic: Synthetic) -> None:
         mark = 10_987_654
@@ -284,9 +289,20 @@ class Records:
             synthetic.identity["tokens"]["context_size"],
         )
         self._per_block = rows // context_size
+        self._rows = RecordRows.of(record)
         self.there: set[tuple[str, int, tuple[str, ...]]] = set()
 
+    def rows(self, block: int) -> bytes:
+        """Of train, as a worker sends it."""
+        objects, statistics = self._rows.objects, self._rows.statistics
+        for name in ("block", "shard"):
+            objects = _filled(objects, name, block)
+        statistics = _filled(statistics, "block", block)
+        statistics = _filled(statistics, "n_sequences", (block + 1) * self._per_block)
+        return RecordRows(objects, statistics).pack()
+
     def of(self, split: str, block: int) -> bytes:
+        """As it is stored."""
         head, tail = (
             part.replace("@b@", str(block))
             .replace("@n@", str((block + 1) * self._per_block))
@@ -295,6 +311,12 @@ class Records:
         )
         found = hashlib.sha256((head + tail).encode()).hexdigest()
         return f'{head}"digest":"{found}",{tail}'.encode()
+
+
+def _filled(batch: pa.RecordBatch, name: str, value: int) -> pa.RecordBatch:
+    """The batch with one number in a column."""
+    column = pa.array(np.full(len(batch), value))
+    return batch.set_column(batch.schema.get_field_index(name), name, column)
 
 
 class Reference:
@@ -495,7 +517,7 @@ class Cloud:
         times["tokens"] += self.n_rows
         times["store_s"] += self.clock.now - upload.begun
         actor.pending = [r for r in actor.pending if not r.done and r is not upload.reference]
-        upload.reference.resolve((self.records.of(split, block), dict(times)))
+        upload.reference.resolve((self.records.rows(block), dict(times)))
 
 
 class Versions(Committed):
@@ -635,33 +657,51 @@ def blocks_committed(store: ModelledStore, manifest: Manifest) -> list[int]:
     ]  # fmt: skip
 
 
-def record_cost(sites: int, d_in: int, blocks: int = 4) -> dict[str, Any]:
-    """CPU time and bytes of what the driver does with a block's record at its true size."""
+def record_cost(sites: int, d_in: int, blocks: int = 8, rounds: int = 5) -> dict[str, Any]:
+    """CPU time and bytes of what the driver does with a block's record at its true size: medians of rounds.
+
+    A round commits `blocks` blocks. The first of a process takes several times as long: its memory is new.
+    """
     names = [f"blocks.{i}.hook_resid_post" for i in range(sites)]
     chunk_rows = 2 ** math.floor(math.log2(2**20 / d_in))
     synthetic = Synthetic(d_in, names, chunk_rows=chunk_rows)
-    setting, clock = Setting(), Clock()
-    store = ModelledStore(setting, clock, Records(synthetic))
+    store = DictStore()
     synthetic.calibrate(store)
-    state = synthetic.committed(store, train=blocks)
-    records = [synthetic.record("train", block).to_json() for block in range(blocks)]
-    begun = time.process_time()
-    for block, data in enumerate(records):
-        state.add(BlockRecord.from_json(data, record_key("train", block, names)))
-    added = time.process_time()
-    state.commit({}, {})
-    committed = time.process_time()
-    assert state.manifest is not None
-    (segment,) = state.manifest.segments
-    sizes = {kind: len(store.read(getattr(segment, kind))) / blocks for kind in ("objects", "statistics")}
+    state = synthetic.committed(store, train=10**6)
+    taken: dict[str, list[float]] = {}
+
+    @contextmanager
+    def taking(name: str) -> Iterator[None]:
+        begun = time.process_time()
+        yield
+        taken.setdefault(name, []).append(1e3 * (time.process_time() - begun) / blocks)
+
+    for first in range(0, rounds * blocks, blocks):
+        records = [synthetic.record("train", block) for block in range(first, first + blocks)]
+        data = [record.to_json() for record in records]
+        packed = [RecordRows.of(record).pack() for record in records]
+        with taking("receive_and_add"):
+            for rows in packed:
+                state.add(RecordRows.unpack(rows))
+        with taking("commit"):
+            state.commit({}, {})
+        assert state.manifest is not None
+        segment = state.manifest.segments[-1]
+        with taking("merge_once_a_tier"):
+            merge_segments(store, [segment])
+        with taking("parse_when_resuming"):
+            for one, record in zip(data, records, strict=True):
+                RecordRows.of(BlockRecord.from_json(one, record.key))
+    sizes = {kind: len(store.read(getattr(segment, kind))) // blocks for kind in ("objects", "statistics")}
     return {
         "sites": sites,
         "d_in": d_in,
         "chunks_per_shard": synthetic.identity["block_rows"] // chunk_rows,
-        "record_bytes": len(records[0]),
+        "record_bytes": len(data[0]),
+        "packed_bytes": len(packed[0]),
         "segment_bytes_per_block": sizes,
-        "parse_and_add_cpu_ms_per_block": round(1e3 * (added - begun) / blocks, 2),
-        "commit_cpu_ms_per_block": round(1e3 * (committed - added) / blocks, 2),
+        "cpu_ms_per_block": {name: round(median(some), 2) for name, some in taken.items()},
+        "cpu_ms_per_block_of_rounds": {name: [round(x, 2) for x in some] for name, some in taken.items()},
     }
 
 
@@ -673,14 +713,18 @@ def main() -> None:
     parser.add_argument(
         "--record-cost", action="store_true", help="of a record at its true size; no simulation"
     )
-    parser.add_argument("--d-in", type=int, default=3584, help="for --record-cost")
+    parser.add_argument("--d-in", type=int, help="of the records that are measured; see above")
     args = vars(parser.parse_args())
     series = args.pop("series")
+    d_in = args.pop("d_in")
     if args.pop("record_cost"):
-        report("scale_record_cost", **record_cost(args["sites"], args["d_in"]))
+        report("scale_record_cost", **record_cost(args["sites"], d_in or 3584))
         return
-    args.pop("d_in")
     setting = Setting(**args)
+    if d_in:
+        took = record_cost(setting.sites, d_in)["cpu_ms_per_block"]
+        charged = took["receive_and_add"] + took["commit"]
+        setting = replace(setting, driver_s_per_block=setting.driver_s_per_block + charged / 1e3)
     figures, store, state = simulate(setting, series)
     assert state.manifest is not None
     report("scale_simulation", **figures)

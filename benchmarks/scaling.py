@@ -45,6 +45,7 @@ from actcache.harvester import Harvester, Job
 from actcache.manifest import read_manifest
 from actcache.overlap import Times
 from actcache.ray_engine import HarvesterActor, RayEngine
+from actcache.segments import RecordRows
 from actcache.store import open_store
 
 SITE = "blocks.3.hook_resid_post"
@@ -103,9 +104,9 @@ class Timed(RayEngine):
 
         self.actor_class = SimulatedActor
 
-    def completed(self) -> Iterator[tuple[Unit, bytes | BaseException]]:
+    def completed(self) -> Iterator[tuple[Unit, RecordRows | BaseException]]:
         for unit, result in super().completed():
-            assert isinstance(result, bytes), result
+            assert isinstance(result, RecordRows), result
             self._came.append(time.perf_counter())
             yield unit, result
 
@@ -164,8 +165,8 @@ class Light:
     async def run_block(
         self, split: str, block: int, sites: tuple[str, ...]
     ) -> tuple[bytes, dict[str, float]]:
-        """The record of a block, as large as a real one, and times."""
-        record = self._synthetic.record(split, block, sites).to_json()
+        """The rows of a block's record, as large as a real one, and times."""
+        record = self._synthetic.rows(split, block, sites).pack()
         await asyncio.sleep(self._latency_s)
         return record, Times().snapshot() | {"lm_batch": LM_BATCH}
 
@@ -204,12 +205,12 @@ class Crowd(RayEngine):
         self._spent["submit"] += time.thread_time() - begun
         self._spent["in_flight"] = max(self._spent.get("in_flight", 0), len(self._running))
 
-    def completed(self) -> Iterator[tuple[Unit, bytes | BaseException]]:
+    def completed(self) -> Iterator[tuple[Unit, RecordRows | BaseException]]:
         begun = time.thread_time()
         done = list(super().completed())
         self._spent["completed"] += time.thread_time() - begun
         for unit, result in done:
-            assert isinstance(result, bytes), result
+            assert isinstance(result, RecordRows), result
             yield unit, result
 
     def fidelity(self, sites: Any) -> dict[str, dict[str, float | None]]:

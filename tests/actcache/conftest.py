@@ -20,3 +20,21 @@ def tiny(tmp_path_factory):
 def recorded(tmp_path_factory):
     """Forward passes of the same Spec, for harvests that replay them into stores of their own."""
     return Recorded(tmp_path_factory.mktemp("recorded"))
+
+
+@pytest.fixture(scope="session", params=["bf16", "fp16", "fp32"])
+def lossless(request, tmp_path_factory):
+    """A small finished dataset of each lossless precision."""
+    spec = tiny_spec(
+        tmp_path_factory.mktemp(request.param), n_tokens=1500, test_blocks=0, precision=request.param
+    )
+    return actcache.harvest(spec, str(tmp_path_factory.mktemp("root")), progress=False)
+
+
+@pytest.fixture(scope="session")
+def rotated(tmp_path_factory):
+    """A small finished dataset of rotated codes."""
+    spec = tiny_spec(
+        tmp_path_factory.mktemp("rotated"), n_tokens=1500, test_blocks=0, precision="rotated:1e-3"
+    )
+    return actcache.harvest(spec, str(tmp_path_factory.mktemp("root")), progress=False)

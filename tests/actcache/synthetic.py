@@ -13,6 +13,7 @@ from actcache.codec import Calibration, Precision, calibrate
 from actcache.committed import Committed
 from actcache.layout import array_layout, calibration_json, calibration_key
 from actcache.manifest import SPLITS, BlockRecord, ObjectRecord
+from actcache.segments import RecordRows
 from actcache.statistics import Statistics
 from actcache.store import Store
 
@@ -63,9 +64,9 @@ class Synthetic:
         blocks = dict.fromkeys(SPLITS, 0) | wanted
         return Committed(store, self.identity, "synthetic", dict.fromkeys(self.sites, self.d_in), blocks)
 
-    def statistics(self, block: int) -> Statistics:
-        """Of a block, as incompressible as real ones."""
-        found, rng = self._statistics, np.random.default_rng(block)
+    def statistics(self, block: int, site: str) -> Statistics:
+        """Of a block and site, as incompressible as real ones."""
+        found, rng = self._statistics, np.random.default_rng([block, list(self.sites).index(site)])
         changed = {
             name: getattr(found, name) * rng.uniform(0.99, 1.01, self.d_in)
             for name in ("mean_D", "m2_D", "core_mean_D", "core_m2_D")
@@ -78,13 +79,17 @@ class Synthetic:
         rows, context_size = self.identity["block_rows"], self.identity["tokens"]["context_size"]
         layout = array_layout(self.identity, dict.fromkeys(sites, self.d_in))
         objects = tuple(self._object(split, block, path, array) for path, array in layout.items())
-        statistics = dict.fromkeys(sites, self.statistics(block))
+        statistics = {site: self.statistics(block, site) for site in sites}
         return BlockRecord(split, block, rows, (block + 1) * rows // context_size, objects, statistics)
+
+    def rows(self, split: str, block: int, sites: Sequence[str] | None = None) -> RecordRows:
+        """The same, as a worker hands it to its driver."""
+        return RecordRows.unpack(RecordRows.of(self.record(split, block, sites)).pack())
 
     def _object(self, split: str, block: int, path: str, array: Mapping[str, Any]) -> ObjectRecord:
         n = array["shard_rows"] // array["chunk_rows"]
         values = int(np.prod((array["chunk_rows"], *array["row"])))
-        rng = np.random.default_rng([block, len(path)])
+        rng = np.random.default_rng([block, *path.encode()])
         size_N = (values * array["dtype"].itemsize * rng.uniform(0.6, 0.7, n)).astype(int)
         offset_N = np.cumsum(size_N) - size_N
         crc_N = rng.integers(0, 2**32, n)

@@ -2,8 +2,10 @@
 
 import itertools
 from collections import Counter
+from dataclasses import fields
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,9 +13,10 @@ from synthetic import LOSSES, SITES, Synthetic
 from tiny_harvest import SITES as TINY_SITES
 from watched import DictStore, Watched
 
+from actcache import committed
 from actcache.committed import _Runs
 from actcache.driver import _version_due
-from actcache.errors import SpecError
+from actcache.errors import FormatError, SpecError
 from actcache.layout import n_shards
 from actcache.manifest import (
     SPLITS,
@@ -24,7 +27,7 @@ from actcache.manifest import (
 )
 from actcache.opened import Opened
 from actcache.reader import Dataset
-from actcache.segments import COMPLETE_SEGMENTS, FAN_IN
+from actcache.segments import COMPLETE_SEGMENTS, FAN_IN, RecordRows, tallies
 from actcache.statistics import Statistics, merge
 
 SHAPE = {"block_rows": 4096, "chunk_rows": 1024, "context_size": 64}
@@ -42,7 +45,7 @@ def committed_with(n_blocks, per_commit, store=None):
     state, costs = synthetic.committed(store, train=10**6), []
     for first in range(0, n_blocks, per_commit):
         for block in range(first, first + per_commit):
-            state.add(synthetic.record("train", block))
+            state.add(synthetic.rows("train", block))
         before = store.requests.total(), store.n_bytes.total()
         state.commit({}, {"rows": 1})
         costs.append((store.requests.total() - before[0], store.n_bytes.total() - before[1]))
@@ -84,7 +87,7 @@ def test_a_month_of_commits_leaves_few_segments_and_a_complete_version_at_most_t
         del fresh.objects[key]
     whole = synthetic.committed(fresh, train=360)
     for block in range(360):
-        whole.add(synthetic.record("train", block))
+        whole.add(synthetic.rows("train", block))
     assert whole.commit(dict.fromkeys(SITES, LOSSES), {}).complete
     assert len(whole.manifest.segments) <= COMPLETE_SEGMENTS
 
@@ -97,7 +100,7 @@ def test_a_reader_is_at_ten_requests_before_its_first_chunk():
     synthetic.calibrate(store)
     state = synthetic.committed(store, train=700)
     for block in range(700):
-        state.add(synthetic.record("train", block))
+        state.add(synthetic.rows("train", block))
         if block % 3 == 0 or block == 699:
             state.commit(dict.fromkeys(synthetic.sites, LOSSES), {})
     assert state.manifest.complete
@@ -125,7 +128,7 @@ def test_merged_segments_say_what_the_records_said(per_commit):
             assert tuple(table.chunk_offset[shard]) == o.chunk_offset
             assert tuple(table.chunk_crc32c[shard]) == o.chunk_crc32c
     for site in SITES:
-        expected = merge([synthetic.statistics(block) for block in range(n)]).summary()
+        expected = merge([synthetic.statistics(block, site) for block in range(n)]).summary()
         found = dataset.stats(site)
         assert found["n_rows"] == expected["n_rows"]
         assert np.allclose(found["variance"], expected["variance"])
@@ -170,7 +173,7 @@ def test_running_values_are_those_of_all_blocks_at_once_in_any_order(order, data
         record = synthetic.record("train", block, sites)
         store.create(record.key, record.to_json())
         if data.draw(st.booleans()):
-            state.add(record)
+            state.add(RecordRows.of(record))
         if data.draw(st.booleans()):
             state.commit({}, {})
         if data.draw(st.booleans()):
@@ -192,24 +195,84 @@ def test_running_values_are_those_of_all_blocks_at_once_in_any_order(order, data
 @settings(max_examples=100, deadline=None)
 @given(st.permutations(range(8)))
 def test_runs_hold_the_statistics_of_an_unbroken_prefix(order):
-    rng = np.random.default_rng(0)
-    calibration = Synthetic(3, **SHAPE).calibration
-    parts = []
-    for _ in order:
-        acts_ND = rng.normal(size=(20, 3)).astype(np.float32)
-        parts.append(Statistics.of(acts_ND, acts_ND, None, calibration))
+    synthetic = Synthetic(3, SITES[:1], **SHAPE)
+    parts = [synthetic.statistics(block, SITES[0]) for block in range(len(order))]
     runs, seen = _Runs(), set()
     for block in order:
-        runs.add(block, [parts[block]])
+        runs.add(block, tallies(synthetic.rows("train", block).statistics))
         seen.add(block)
         n = next(i for i in itertools.count() if i not in seen)
         assert runs.prefix == n
         if n:
             expected = merge(parts[:n])
-            assert runs.statistics.n_rows == expected.n_rows
-            assert np.allclose(runs.statistics.m2_D, expected.m2_D, rtol=1e-12)
+            assert runs.tally.fidelity() == pytest.approx(
+                {name: expected.summary()[name] for name in runs.tally.fidelity()}, rel=1e-12
+            )
+            assert np.allclose(runs.tally.mean_D, expected.mean_D, rtol=1e-12)
         else:
-            assert runs.statistics is None
+            assert runs.tally is None
+
+
+def test_the_rows_of_a_record_say_what_the_record_says_and_survive_the_way_from_a_worker():
+    synthetic = Synthetic(16, **SHAPE)
+    record = synthetic.record("train", 3)
+    rows = synthetic.rows("train", 3)
+    assert rows.key == record.key
+    assert (rows.split, rows.block) == ("train", 3)
+    assert (rows.n_rows, rows.n_sequences) == (record.n_rows, record.n_sequences)
+    assert rows.sizes == [(o.path, o.shard, o.size_bytes) for o in record.objects]
+    parsed = RecordRows.of(BlockRecord.from_json(record.to_json(), record.key))
+    assert rows.objects.equals(parsed.objects)
+    assert rows.statistics.equals(parsed.statistics)
+    written = {
+        name: rows.objects[name].to_pylist() for name in ("chunk_offset", "chunk_nbytes", "chunk_crc32c")
+    }
+    assert written == {name: [list(getattr(o, name)) for o in record.objects] for name in written}
+    for site, found in zip(SITES, rows.statistics.to_pylist(), strict=True):
+        for f in fields(Statistics):
+            value = getattr(record.statistics[site], f.name)
+            assert found[f.name] == (value.tobytes() if isinstance(value, np.ndarray) else value)
+
+
+def test_damaged_statistics_are_one_error():
+    rows = Synthetic(16, **SHAPE).rows("train", 0)
+    at = rows.statistics.schema.get_field_index("m2_D")
+    for cells, message in (([b"12345", b""], "buffer size"), ([bytes(8), bytes(8)], "different lengths")):
+        with pytest.raises(FormatError, match=message):
+            tallies(rows.statistics.set_column(at, "m2_D", pa.array(cells, pa.binary())))
+
+
+def test_many_loose_records_go_into_a_segment_ahead_of_its_version_and_count_once(monkeypatch):
+    """A driver that dies with such a segment leaves its records; one that loses a version lists it later."""
+    synthetic, store = Synthetic(16, **SHAPE), DictStore()
+    synthetic.calibrate(store)
+    monkeypatch.setattr(committed, "_LOOSE_BYTES", 3 * synthetic.rows("train", 0).nbytes)
+    state, other = (synthetic.committed(store, train=12) for _ in range(2))
+    for block in range(10):
+        record = synthetic.record("train", block)
+        store.create(record.key, record.to_json())
+        state.add(RecordRows.of(record))
+        assert len(state.loose) <= 3
+        assert state.n_waiting == block + 1
+    assert latest_version(store) == 0
+    assert len([key for key in store.objects if key.startswith("_segments/")]) == 2 * 2
+    again = synthetic.committed(store, train=12)
+    assert len(again.missing()) == 2
+    for block in (10, 11):
+        record = synthetic.record("train", block)
+        store.create(record.key, record.to_json())
+        other.refresh()
+    other.commit({}, {})
+    manifest = state.commit(dict.fromkeys(SITES, LOSSES), {})
+    assert manifest.version == 2
+    assert manifest.complete
+    assert (state.n_waiting, state.loose) == (0, [])
+    check_manifest(store, manifest)
+    for site in SITES:
+        assert manifest.fidelity[site]["n_rows"] == 12 * SHAPE["block_rows"]
+    fresh = synthetic.committed(store, train=12)
+    assert fresh.loose == []
+    assert fresh.covered()
 
 
 def test_the_loser_of_a_version_takes_in_what_the_winner_committed():
@@ -220,7 +283,7 @@ def test_the_loser_of_a_version_takes_in_what_the_winner_committed():
     for block in range(20):
         record = synthetic.record("train", block)
         store.create(record.key, record.to_json())
-        states[block % 2].add(record)
+        states[block % 2].add(RecordRows.of(record))
         if block % 7 == 6:
             for state in states:
                 state.commit({}, {})
@@ -241,7 +304,7 @@ def test_a_version_says_complete_only_when_nothing_that_anybody_wants_is_left():
     for block in range(2):
         record = synthetic.record("train", block)
         store.create(record.key, record.to_json())
-        large.add(record)
+        large.add(RecordRows.of(record))
     assert not large.commit({}, {}).complete
     small.refresh()
     assert small.missing() == []
@@ -250,7 +313,7 @@ def test_a_version_says_complete_only_when_nothing_that_anybody_wants_is_left():
     assert not manifest.complete  # four are wanted
     assert manifest.wanted == {site: {"train": 4, "validation": 0, "test": 0} for site in SITES}
     for block in range(2, 4):
-        large.add(synthetic.record("train", block))
+        large.add(synthetic.rows("train", block))
     assert large.commit({}, {}).complete
     assert large.covered()
     less = synthetic.committed(store, train=1)
@@ -279,7 +342,7 @@ def test_a_run_whose_loss_was_never_measured_is_not_covered():
     synthetic, store = Synthetic(16, **SHAPE), DictStore()
     synthetic.calibrate(store)
     state = synthetic.committed(store, train=1)
-    state.add(synthetic.record("train", 0))
+    state.add(synthetic.rows("train", 0))
     manifest = state.commit({}, {})
     assert manifest.fidelity[SITES[0]]["n_rows"] > 0
     assert not state.covered()
@@ -318,7 +381,7 @@ def test_one_block_named_by_two_records_counts_once_through_merged_segments():
         for sites in (SITES, SITES[:1], SITES[1:]):
             record = synthetic.record("train", block, sites)
             store.create(record.key, record.to_json())
-            state.add(record)
+            state.add(RecordRows.of(record))
         state.commit({}, {})
     manifest = state.commit(dict.fromkeys(SITES, LOSSES), {})
     assert manifest.complete

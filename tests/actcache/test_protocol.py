@@ -25,6 +25,7 @@ from actcache.manifest import BlockRecord, latest_version, read_manifest, record
 from actcache.opened import Opened
 from actcache.order import permutation
 from actcache.reader import Dataset
+from actcache.segments import RecordRows
 
 ROWS = 1024
 EXTENTS = st.fixed_dictionaries(
@@ -115,10 +116,11 @@ class Protocol(RuleBasedStateMachine):
         harvester = self.recorded.harvester_on(self.dying(death), self.recorded.asking(sites=sites))
         try:
             harvester.calibrate()
-            data = harvester.run_block(split, block, sites)
+            record = harvester.run_block(split, block, sites)
         except Died:
             return
-        assert BlockRecord.from_json(data, record_key(split, block, sites))
+        data = self.store.objects[record.key]
+        assert BlockRecord.from_json(data, record_key(split, block, sites)).to_json() == record.to_json()
 
     @rule(extent=EXTENTS)
     def second_driver(self, extent):
@@ -138,11 +140,7 @@ class Protocol(RuleBasedStateMachine):
         try:
             for split, block, sites in state.missing()[:blocks]:
                 harvester = self.recorded.harvester_on(store, self.recorded.asking(sites=sites))
-                state.add(
-                    BlockRecord.from_json(
-                        harvester.run_block(split, block, sites), record_key(split, block, sites)
-                    )
-                )
+                state.add(RecordRows.of(harvester.run_block(split, block, sites)))
             state.commit({}, {})
             _write_metadata(store, set())
         except Died:

@@ -19,8 +19,8 @@ from actcache.manifest import (
     read_manifest,
     read_records,
     record_key,
-    write_segment,
 )
+from actcache.segments import RecordRows, write_segment
 from actcache.shard import chunk_checksums, encode_shard, shard_key
 from actcache.store import open_store
 from actcache.verify import verify
@@ -155,7 +155,7 @@ def rewritten(path, array_path, shard, change):
         records.append(changed)
     for o in store.listing("_segments"):
         store.delete(o.key)
-    manifest = replace(old, segments=(write_segment(store, records),))
+    manifest = replace(old, segments=(write_segment(store, [RecordRows.of(record) for record in records]),))
     store.delete(old.key)
     commit_manifest(store, manifest)
     return key
