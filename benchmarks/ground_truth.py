@@ -1,9 +1,9 @@
 """Features that are known, found again: our trainer beside SAELens' on the same batches, one JSON line a seed.
 
 Toy A and SynthSAEBench scaled down (benchmarks/features.py), each written once into a dataset. Both
-trainers read it in the same order, start from the same directions (ours with decoder rows of norm 1
-where the architecture keeps them so, SAELens' always with 0.1, as each initialises), without input
-scaling, warm-ups or decay, Adam at the same constant learning rate. Both SAEs are then measured by the
+trainers read it in the same order, start from the same directions (SAELens with encoder and decoder of
+norm 0.1, ours with decoder rows of norm 1 where the architecture keeps them so, and an encoder of 0.1
+in the TopK family), without input scaling, warm-ups or decay, Adam at the same constant learning rate. Both SAEs are then measured by the
 same function on rows of their own. The rest is each project's default: SAELens leaves decoder norms
 free, weighs AuxK by 1, lets gated's last term move the decoder, and reaches inference thresholds by
 averages of 100 batches. Gated's coefficient is each project's own, since SAELens' 0.05 leaves ours
@@ -46,6 +46,7 @@ from sae.learner import Learner
 
 ROOT = Path(__file__).parents[1]
 BATCH_SIZE = 1024
+SMALL = 0.1  # norm of the first encoder weights, as SAELens starts from
 METRICS = ("mcc", "f1", "explained_variance")
 
 
@@ -67,6 +68,7 @@ def toy_a() -> dict[str, Contest]:
     f, k = 16, 4
     widths = (4, 8, f)
     matryoshka = {"k": k, "matryoshka_widths": list(widths)}
+    ranked = {"d_sae": f, "k": k, "encoder_norm": SMALL}
     return {
         "standard": Contest(
             ours=sae.Standard(d_sae=f, l1_coefficient=0.05),
@@ -76,13 +78,13 @@ def toy_a() -> dict[str, Contest]:
         "gated": Contest(
             ours=sae.Gated(d_sae=f, l1_coefficient=0.7), theirs="gated", options={"l1_coefficient": 0.05}
         ),
-        "batchtopk": Contest(ours=sae.BatchTopK(d_sae=f, k=k), theirs="batchtopk", options={"k": k}),
-        "topk": Contest(ours=sae.TopK(d_sae=f, k=k), theirs="topk", options={"k": k}, exactly=k),
+        "batchtopk": Contest(ours=sae.BatchTopK(**ranked), theirs="batchtopk", options={"k": k}),
+        "topk": Contest(ours=sae.TopK(**ranked), theirs="topk", options={"k": k}, exactly=k),
         "jumprelu": Contest(
             ours=sae.JumpReLU(d_sae=f, l0_coefficient=1), theirs="jumprelu", options={"l0_coefficient": 1.0}
         ),
         "matryoshka": Contest(
-            ours=sae.Matryoshka(d_sae=f, k=k, prefixes=widths),
+            ours=sae.Matryoshka(**ranked, prefixes=widths),
             theirs="matryoshka_batchtopk",
             options=matryoshka,
         ),
@@ -93,6 +95,7 @@ def synth() -> dict[str, Contest]:
     f, k, lr = 256, 8, 3e-4
     widths = (8, 32, 128, f)
     matryoshka = {"k": k, "matryoshka_widths": list(widths)}
+    ranked = {"d_sae": f, "k": k, "encoder_norm": SMALL}
     return {
         "standard": Contest(
             ours=sae.Standard(d_sae=f, l1_coefficient=1.0),
@@ -100,8 +103,8 @@ def synth() -> dict[str, Contest]:
             options={"l1_coefficient": 1.0},
             lr=lr,
         ),
-        "topk": Contest(ours=sae.TopK(d_sae=f, k=k), theirs="topk", options={"k": k}, lr=lr),
-        "batchtopk": Contest(ours=sae.BatchTopK(d_sae=f, k=k), theirs="batchtopk", options={"k": k}, lr=lr),
+        "topk": Contest(ours=sae.TopK(**ranked), theirs="topk", options={"k": k}, lr=lr),
+        "batchtopk": Contest(ours=sae.BatchTopK(**ranked), theirs="batchtopk", options={"k": k}, lr=lr),
         "jumprelu": Contest(
             ours=sae.JumpReLU(d_sae=f, l0_coefficient=1),
             theirs="jumprelu",
@@ -109,7 +112,7 @@ def synth() -> dict[str, Contest]:
             lr=lr,
         ),
         "matryoshka": Contest(
-            ours=sae.Matryoshka(d_sae=f, k=k, prefixes=widths),
+            ours=sae.Matryoshka(**ranked, prefixes=widths),
             theirs="matryoshka_batchtopk",
             options=matryoshka,
             lr=lr,

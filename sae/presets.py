@@ -47,7 +47,7 @@ def openai_topk(d_sae: int, k: int, n_rows: int) -> Preset:
     """TopK of Gao et al. 2024, arXiv:2406.04093, as in the published code.
 
     Learning rate 1e-4, Adam's epsilon 6.25e-10, batches of 131,072, moving average of the weights
-    0.999, AuxK 1/32, dead after 10 million tokens, the encoder at first the decoder's transpose. The source normalises each activation by its own
+    0.999, AuxK 1/32, dead after 10 million tokens. The source normalises each activation by its own
     mean and deviation; here they are scaled to mean norm sqrt(d).
     """
     return Preset(
@@ -55,7 +55,6 @@ def openai_topk(d_sae: int, k: int, n_rows: int) -> Preset:
             TopK(
                 d_sae=d_sae,
                 k=k,
-                encoder_norm=1.0,
                 revive=AuxK(aux_coefficient=1 / 32),
                 optimiser=Optimiser(lr=1e-4, eps=6.25e-10, ema_decay=0.999),
             ),

@@ -5,9 +5,7 @@
 
 `k` alone controls L0: it is k wherever at least k pre-activations are positive, fewer where not.
 The ReLU is that of the published code (OpenAI, SAELens). Decoder rows are of unit norm. Defaults:
-AuxK from Gao et al. sec. 2.4 and A.2; the learning rate is the trainer's, from the same paper. The
-encoder starts as a tenth of the decoder's transpose, not as the transpose itself: SAEs then end
-better (docs/benchmarks.md, "First encoder weights").
+AuxK from Gao et al. sec. 2.4 and A.2; the learning rate is the trainer's, from the same paper.
 
 Shapes: N rows, F = d_sae.
 """
@@ -37,9 +35,9 @@ class TopK(Architecture):
     k: int
     """Latents active in each row, e.g. 32; batchtopk and matryoshka: on average over a batch."""
 
-    encoder_norm: float = 0.1
+    encoder_norm: float = 1.0
     """Norm of each latent's encoder weights at the start, where decoder rows have 1. topk, batchtopk and
-    matryoshka; 1 is the decoder's transpose, as published."""
+    matryoshka; 1 is the decoder's transpose, as published; 0.1 ends better in short runs."""
 
     revive: Revival | None = _AUXK
 
