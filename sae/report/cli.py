@@ -69,7 +69,7 @@ def report_command(
     except ActcacheError as err:
         if url is not None or neuronpedia is not None:
             raise
-        note = f"The dataset could not be opened, so its card and the dashboards are left out: {err}"
+        note = f"The dataset could not be opened, so its card and the dashboards are left out: {err}. Give its place with --data."
     lm = None if no_model or ds is None else model or ds.spec.model
     click.echo(
         write_report(

@@ -125,7 +125,7 @@ def read_columns(path: Path, d_sae: int) -> dict[str, np.ndarray]:
         names = [f.name for f in schema if f.name != "latent" and any(kind(f.type) for kind in kinds)]
         table = file.read(columns=names)
     except (pa.ArrowException, OSError) as err:
-        raise damaged(path, str(err).splitlines()[0]) from err
+        raise damaged(path, str(err).splitlines()[0].rstrip(".")) from err
     if "fires" not in names or table.num_rows != d_sae:
         raise damaged(path, f"it has {table.num_rows} rows and {names}, not fires of {d_sae} latents")
     return {name: table[name].to_numpy() for name in names}

@@ -106,7 +106,10 @@ def read_entry(directory: Path) -> Entry:
     if (directory / "tasks.json").exists():
         entry.tasks = read_json(directory / "tasks.json")
     if (directory / "eval.json").exists():
-        entry.result = read_json(directory / "eval.json")
+        try:
+            entry.result = read_json(directory / "eval.json")
+        except CorruptObject as err:
+            raise damaged(directory / "eval.json", "it is not a JSON object") from err
         _check(entry.result, directory)
         found = entry.result.get("eval_version")
         if found != EVAL_VERSION:

@@ -71,7 +71,9 @@
 
   const TYPES = { uint8: Uint8Array, int16: Int16Array, int32: Int32Array, uint32: Uint32Array, float32: Float32Array };
   const unpack = async (number) => {
-    const bytes = Uint8Array.from(atob($(`block-${number}`).textContent.trim()), (c) => c.charCodeAt(0));
+    const text = atob($(`block-${number}`).textContent.trim());
+    const bytes = new Uint8Array(text.length);
+    for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
     const data = await new Response(stream).arrayBuffer();
     const size = new DataView(data).getUint32(0, true);

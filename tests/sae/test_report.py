@@ -474,6 +474,9 @@ def test_an_evaluation_that_lacks_something_is_one_error(lost, run, tmp_path):
     (s.path / "eval.json").write_text(json.dumps(result))
     with pytest.raises(CorruptObject, match=f"lacks {lost}.*--force"):
         write_report(tmp_path)
+    (s.path / "eval.json").write_text(json.dumps(result)[:50])
+    with pytest.raises(CorruptObject, match="not a JSON object.*--force"):
+        write_report(tmp_path)
 
 
 def test_a_run_that_goes_on_is_told_from_one_that_is_not_there(tmp_path, capsys):
