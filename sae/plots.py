@@ -60,6 +60,8 @@ class Point:
     x: float
     y: float
     error: float | None = None
+    number: int = 0
+    """Written beside the mark, for those who cannot tell it by its colour."""
 
 
 @dataclass(frozen=True)
@@ -144,18 +146,37 @@ def frontier(points: Sequence[Point], *, title: str, x_label: str, y_label: str)
                 p.x, p.y, yerr=error, color=colour, marker="o", markersize=5, capsize=2, linewidth=1
             )
         axes.margins(0.12)
-        xs = [p.x for p in points]
+        xs, ys = [p.x for p in points], [p.y for p in points]
         if not _logarithmic(axes.xaxis, xs):
             middle, half = (min(xs) + max(xs)) / 2, max(0.6 * (max(xs) - min(xs)), 0.05 * max(xs))
             axes.set_xlim(middle - half, middle + half)  # a difference of 0.1 in L0 is none
             axes.xaxis.set_major_locator(MaxNLocator(6))
-        _logarithmic(axes.yaxis, [p.y for p in points])
+        _logarithmic(axes.yaxis, ys)
+        _number(axes, points, ink)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.grid(color=ink, alpha=0.1, linewidth=0.5)
 
     said = ", ".join(f"{p.label} at {p.x:.3g} has {p.y:.4g}" for p in points)
     return Plot(title, f"{title}: {said}", (4.4, 2.8), draw)
+
+
+def _number(axes: Any, points: Sequence[Point], ink: str) -> None:
+    """Each mark's number, on the side that no other mark or number near it takes."""
+    sides = ((6, 3, "left"), (-6, 3, "right"), (6, -9, "left"), (-6, -9, "right"))
+    axes.autoscale_view()
+    at = axes.transData.transform([(p.x, p.y) for p in points]) * 72 / axes.figure.dpi
+    taken: list[tuple[float, float]] = [(x, y) for x, y in at]
+
+    def free(x: float, y: float) -> float:
+        return min(math.hypot(x - u, y - v) for u, v in taken)
+
+    for p, (x, y) in zip(points, at, strict=True):
+        dx, dy, side = max(sides, key=lambda s: min(10.0, free(x + 1.5 * s[0], y + s[1] + 3)))
+        taken.append((x + 1.5 * dx, y + dy + 3))
+        axes.annotate(
+            str(p.number), (p.x, p.y), (dx, dy), textcoords="offset points", ha=side, fontsize=7, color=ink
+        )
 
 
 def bars(

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from actcache.errors import ActcacheError, StoreError
 from sae.codes import encode_sparse
 from sae.select import Entries, Scratch
 
@@ -94,7 +95,7 @@ def collect(
         on_rows: told the number of rows after each chunk.
 
     Raises:
-        OSError: the disk is full.
+        StoreError: activations cannot be spilled, as on a full disk.
     """
     d_sae = int(s.cfg["d_sae"])
     wanted = np.arange(d_sae) if latents is None else np.unique(np.asarray(latents, np.int64))
@@ -107,6 +108,13 @@ def collect(
             on_rows(codes.n_rows)
         pass_.flush()
         return _assemble(pass_, view, n_rows)
+    except OSError as err:
+        if isinstance(err, ActcacheError):
+            raise
+        raise StoreError(
+            f"{spilled} cannot be written ({err.strerror or err}): activations are spilled there, up to 12 bytes "
+            "each. Make room, or set TMPDIR to a directory on another disk."
+        ) from err
     finally:
         shutil.rmtree(spilled, ignore_errors=True)
 

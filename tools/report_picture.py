@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--latent", type=int, help="search for this latent")
     parser.add_argument("--out", type=Path, default=Path("docs/report.png"))
     options = parser.parse_args()
-    picture(options.page, options.latent, options.out, (1200, 820))
+    picture(options.page, options.latent, options.out, (1200, 880))
 
 
 if __name__ == "__main__":

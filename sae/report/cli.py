@@ -7,7 +7,7 @@ import click
 
 from actcache.cli import storage_option
 from actcache.errors import ActcacheError, SpecError
-from sae.evals.cli import dataset_url, find_saes
+from sae.evals.cli import dataset_url
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _DIRECTORY = click.Path(file_okay=False, path_type=Path)
@@ -57,19 +57,19 @@ def report_command(
       python -m sae report runs/x/topk-6144-32 --assets figures --neuronpedia upload
     """
     import actcache
-    from sae.report.entries import read_entry
+    from sae.report.entries import read_run
     from sae.report.page import write_report
 
     if model is not None and no_model:
         raise SpecError("--model and --no-model contradict each other; give one of them.")
     ds, note = None, ""
-    cfgs = [read_entry(Path(directory)).cfg for directory in find_saes(run_dir)]
+    cfgs = [entry.cfg for entry in read_run(run_dir)]
     try:
         ds = actcache.open(dataset_url(cfgs, url), storage_options=storage_options)
     except ActcacheError as err:
         if url is not None or neuronpedia is not None:
             raise
-        note = f"The dataset could not be opened, so its card and the dashboards are left out: {err}"
+        note = f"The dataset could not be opened, so its card and the dashboards are left out: {err}. Give its place with --data."
     lm = None if no_model or ds is None else model or ds.spec.model
     click.echo(
         write_report(

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae.report.entries import damaged
 from sae.snippets import BINS, Snippets, collect
 
 N_LOGITS = 10
@@ -86,7 +87,7 @@ def build(
         W_U_VD: the LM's unembedding, one row for each token; without it there are no logit effects.
         on_rows: told the number of rows after each chunk.
     """
-    stored = read_columns(table)
+    stored = read_columns(table, int(s.cfg["d_sae"]))
     latents = choose(stored["fires"], n_latents, seed)
     snippets = collect(s, view, n_rows, latents, on_rows=on_rows)
     W_dec_FD = getattr(s, "W_dec", None)
@@ -108,15 +109,25 @@ def choose(fires_F: np.ndarray, n_latents: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(alive)[:n_latents])
 
 
-def read_columns(path: Path) -> dict[str, np.ndarray]:
-    """Every column of `latents.parquet` that holds one number for each latent, but the latent itself."""
+def read_columns(path: Path, d_sae: int) -> dict[str, np.ndarray]:
+    """Every column of `latents.parquet` that holds one number for each latent, but the latent itself.
+
+    Raises:
+        CorruptObject: it is no parquet file, or not one of `d_sae` latents.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pq.read_schema(path)
     kinds = (pa.types.is_integer, pa.types.is_floating)
-    names = [f.name for f in schema if f.name != "latent" and any(kind(f.type) for kind in kinds)]
-    table = pq.ParquetFile(path).read(columns=names)
+    try:
+        file = pq.ParquetFile(path)
+        schema = file.schema_arrow
+        names = [f.name for f in schema if f.name != "latent" and any(kind(f.type) for kind in kinds)]
+        table = file.read(columns=names)
+    except (pa.ArrowException, OSError) as err:
+        raise damaged(path, str(err).splitlines()[0].rstrip(".")) from err
+    if "fires" not in names or table.num_rows != d_sae:
+        raise damaged(path, f"it has {table.num_rows} rows and {names}, not fires of {d_sae} latents")
     return {name: table[name].to_numpy() for name in names}
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sae.evals.definitions import DEFINITIONS
+from sae.evals.definitions import DEFINITIONS, GROUPS
 from sae.report.entries import Entry
 from sae.report.words import with_error
 
@@ -32,6 +32,26 @@ _NOT_FIGURES = {
     "histograms",
 }
 _MAX_DEPTH = 3
+_TABLES = {  # name in eval.json or tasks.json: title, what its rows are
+    "breakdowns · position": ("By position", "Rows of tokens at positions from–to of their sequence."),
+    "breakdowns · norm": (
+        "By norm",
+        "Rows by their norm, in half octaves around the mean norm of the train rows.",
+    ),
+    "breakdowns · loss_by_position": (
+        "Loss of the LM by position",
+        "Nats per token predicted from positions from–to; beyond context: longer than what was harvested.",
+    ),
+    "probing": (
+        "Sparse probing",
+        "AUC of telling a kind of token from the rest by 1, 2 or 5 latents, and by a linear probe on the raw row "
+        "(dense); ood: on files of another origin.",
+    ),
+    "tasks": (
+        "Logit differences",
+        "Mean logit of the right next token minus the wrong one; recovered: 1 as the clean LM, 0 as with the mean row.",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +75,11 @@ class Figure:
     definition: str
     cells: list[Cell]
 
+    @property
+    def group(self) -> str:
+        """What it is about."""
+        return next((title for title, names in GROUPS.items() if self.name in names), "Others")
+
 
 @dataclass
 class Table:
@@ -64,6 +89,15 @@ class Table:
     entry: Entry
     columns: list[str]
     rows: list[list[Any]] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        return _TABLES.get(self.name, (self.name, ""))[0]
+
+    @property
+    def note(self) -> str:
+        """What its rows are."""
+        return _TABLES.get(self.name, (self.name, ""))[1]
 
 
 def figures(entries: Sequence[Entry]) -> list[Figure]:
@@ -141,6 +175,35 @@ def _tables(entry: Entry, values: Mapping[str, Any], prefix: str, depth: int = 0
                 yield from _tables(entry, value, f"{prefix}{name} · ", depth + 1)
 
 
+def task_tables(entry: Entry) -> list[Table]:
+    """Results of tasks: a table for each with a row for each of its parts, and one of all the others."""
+    parts = {
+        name: found
+        for name, found in entry.tasks.items()
+        if isinstance(found, Mapping) and found and all(isinstance(v, Mapping) for v in found.values())
+    }
+    rest = {n: v for n, v in entry.tasks.items() if n not in parts and isinstance(v, Mapping)}
+    found = {**parts, **({"tasks": rest} if rest else {})}
+    return [_of_rows(name, entry, rows) for name, rows in found.items()]
+
+
+def _of_rows(name: str, entry: Entry, rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    flat = {row: dict(_scalars(values)) for row, values in rows.items()}
+    columns = list(dict.fromkeys(column for values in flat.values() for column in values))
+    cells = [[row, *(values.get(column) for column in columns)] for row, values in flat.items()]
+    return Table(name, entry, ["of", *columns], cells)
+
+
+def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{name} ")
+        elif isinstance(value, list) and all(map(_is_scalar, value)):
+            yield prefix + name, ", ".join(map(str, value))
+        elif _is_scalar(value):
+            yield prefix + name, value
+
+
 def _is_scalar(value: Any) -> bool:
     return value is None or isinstance(value, int | float | str)
 
@@ -156,7 +219,7 @@ def write_csv(entries: Sequence[Entry], directory: Path) -> list[Path]:
     rows = [[f.name, c.entry.name, c.value, c.error, f.definition] for f in figures(entries) for c in f.cells]
     files: dict[str, list[list[Any]]] = {"figures": [head, *rows]}
     for entry in entries:
-        for table in tables(entry):
+        for table in [*tables(entry), *task_tables(entry)]:
             files[f"{entry.name}-{table.name}"] = [table.columns, *table.rows]
         for name, edges, counts in histograms(entry):
             bins = map(list, zip(edges[:-1], edges[1:], counts, strict=True))

@@ -5,7 +5,9 @@ and `plots` what it says, `dashboards` and `payload` its latents.
 """
 
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -16,14 +18,14 @@ from markupsafe import Markup
 from actcache.errors import ActcacheError, SpecError
 from actcache.progress import Progress, format_bytes
 from sae import plots
-from sae.evals.cli import find_saes
 from sae.evals.definitions import DEFINITIONS
 from sae.report import figures, words
-from sae.report.entries import Entry, read_entry
+from sae.report.entries import Entry, read_run
 
 N_LATENTS = 6144
 """Dashboards of a page unless more are asked for: what fits 15 MB."""
 
+_MAX_POINTS = 400  # of a training curve: more cannot be told apart at this size
 _CURVES = (  # field of metrics.jsonl, title
     ("fvu", "Fraction of variance unexplained"),
     ("loss", "Training loss"),
@@ -78,43 +80,55 @@ def write_report(
         neuronpedia: a directory for the dashboards in Neuronpedia's upload layout.
 
     Raises:
-        SpecError: no finished SAE in `run_dir`, or a file cannot be written.
+        SpecError: no finished SAE in `run_dir`, or a place cannot be written to (found before any work).
         CorruptObject: a file of the run is not what it should be.
     """
     run_dir = Path(run_dir)
-    entries = sorted((read_entry(Path(d)) for d in find_saes(run_dir)), key=lambda e: (e.site, e.name))
-    for number, entry in enumerate(entries):
-        entry.number = number
+    entries = read_run(run_dir)
     out = Path(out) if out is not None else run_dir / "report.html"
     card = words.dataset_card(ds)
     note = dataset_note or "The dataset was not given, so its card and the latents' dashboards are left out."
     shared: dict[str, Any] = {"card": card, "dataset_note": note, "run": run_dir.resolve().name}
     several = len(entries) > 1
     pages = {e.name: f"{out.stem}-{e.name}{out.suffix}" if several else out.name for e in entries}
+    for place, option in ((out.parent, "--out"), (assets, "--assets"), (neuronpedia, "--neuronpedia")):
+        if place is not None:
+            _check_writable(Path(place), option)
     source = _source(entries, ds, model, tokenizer)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for entry in entries:
-            latents = _latents(entry, source, n_latents, seed, neuronpedia) if source else None
-            back = (out.name, run_dir.resolve().name) if several else None
-            page = _render(entries=[entry], latents=latents, pages={}, back=back, ds=ds, **shared)
-            _write(out.with_name(pages[entry.name]), page)
-        if several:
-            _write(out, _render(entries=entries, latents=None, pages=pages, back=None, ds=ds, **shared))
-        if assets is not None:
+    for entry in entries:
+        latents = _latents(entry, source, n_latents, seed, neuronpedia) if source else None
+        back = (out.name, run_dir.resolve().name) if several else None
+        page = _render(entries=[entry], latents=latents, pages={}, back=back, ds=ds, **shared)
+        _write(out.with_name(pages[entry.name]), page)
+    if several:
+        _write(out, _render(entries=entries, latents=None, pages=pages, back=None, ds=ds, **shared))
+    if assets is not None:
+        with _writing(assets, "--assets"):
             _write_assets(entries, Path(assets))
-    except OSError as err:
-        where = err.filename or out
-        raise SpecError(
-            f"{where} cannot be written ({err.strerror}). Choose another file with --out."
-        ) from err
     return out
 
 
 def _write(path: Path, page: str) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    with _writing(path, "--out"):
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(path)
+
+
+def _check_writable(directory: Path, option: str) -> None:
+    """Make the directory and a file in it: minutes of work should not end where nothing can be written."""
+    with _writing(directory, option):
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+
+
+@contextmanager
+def _writing(place: Path, option: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as err:
+        where, why = err.filename or place, err.strerror or err
+        raise SpecError(f"{where} cannot be written ({why}). Choose another place with {option}.") from err
 
 
 # Figures
@@ -126,7 +140,8 @@ def curves(entries: Sequence[Entry]) -> list[plots.Plot]:
     for name, title in _CURVES:
         series = []
         for e in entries:
-            points = [(h["rows"], h[name]) for h in e.history if h.get(name) is not None]
+            points = [(h["rows"], h[name]) for h in e.history if {"rows", name} <= h.keys()]
+            points = _thinned([(x, y) for x, y in points if x is not None and y is not None])
             if points:
                 x, y = zip(*points, strict=True)
                 series.append(plots.Line(e.short_name, e.number, x, y))
@@ -135,12 +150,18 @@ def curves(entries: Sequence[Entry]) -> list[plots.Plot]:
     return found
 
 
+def _thinned(points: list[Any]) -> list[Any]:
+    """At most about _MAX_POINTS of them at even distances, the last one always."""
+    step = max(1, -(-len(points) // _MAX_POINTS))
+    return points[::step] + (points[-1:] if (len(points) - 1) % step else [])
+
+
 def frontiers(entries: Sequence[Entry]) -> list[plots.Plot]:
     """L0 against FVU and against CE recovered, where more than one SAE has them."""
     found = []
     for name, title in (("fvu", "FVU"), ("ce_recovered_zero", "CE recovered")):
         points = [
-            plots.Point(e.short_name, e.number, e.family, l0, y, e.error(name))
+            plots.Point(e.short_name, e.number, e.family, l0, y, e.error(name), e.number + 1)
             for e in entries
             if (l0 := e.figure("l0")) is not None and (y := e.figure(name)) is not None
         ]
@@ -239,10 +260,15 @@ def _latents(
         return None
     s = sae.load(entry.directory)
     if digest(s) != result["sae"]["digest"]:
-        entry.notes.append("The weights are not those that were evaluated: run python -m sae eval again.")
+        entry.notes.append(
+            f"The weights are not those that were evaluated: run python -m sae eval {entry.directory} again."
+        )
         return None
     if ds.id != result["dataset"]:
-        entry.notes.append("No dashboards: it was evaluated on another dataset than the one given.")
+        entry.notes.append(
+            f"No dashboards: it was evaluated on dataset {result['dataset'][:12]}, not on {ds.id[:12]}. "
+            "Give that one with --data, or evaluate it on this one."
+        )
         return None
     n_rows = result["n_rows"]
     with Progress(f"dashboards of {entry.short_name}", total=n_rows, unit="rows") as progress:
@@ -260,7 +286,8 @@ def _latents(
     if neuronpedia is not None:
         from sae.report.neuronpedia import write_neuronpedia
 
-        write_neuronpedia(found, s, ds, texts, Path(neuronpedia), split=result["split"])
+        with _writing(neuronpedia, "--neuronpedia"):
+            write_neuronpedia(found, s, ds, texts, Path(neuronpedia), split=result["split"])
     note = source.note
     if not note and found.logits is None:
         note = f"{entry.site} is not in the basis of the LM's residual stream: no effects on logits."
@@ -272,6 +299,7 @@ def _latents(
         "n_rows": n_rows,
         "split": result["split"],
         "note": note,
+        "columns": [name for name in words.LATENT_COLUMNS if name in found.columns],
     }
 
 
@@ -305,8 +333,10 @@ def _render(
         entries=entries,
         latents=latents,
         figures=figures.figures(entries),
-        tables=[table for entry in entries for table in figures.tables(entry)],
+        tables=[*figures.tables(alone), *figures.task_tables(alone)] if alone else [],
         definitions=DEFINITIONS,
+        columns=words.LATENT_COLUMNS,
+        architecture=words.architecture,
         with_error=words.with_error,
         frontiers=[(plot.title, plot.inline()) for plot in frontiers(entries)],
         curves=[(plot.title, plot.inline()) for plot in curves(entries)],

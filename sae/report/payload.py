@@ -21,6 +21,7 @@ import numpy as np
 
 from sae.report.dashboards import Dashboards
 from sae.report.texts import TokenTexts
+from sae.report.words import LATENT_COLUMNS
 from sae.snippets import BEFORE, BINS, WIDTH
 
 GROUP = 64
@@ -43,6 +44,7 @@ def blocks(dashboards: Dashboards, texts: TokenTexts, seed: int) -> list[str]:
         "n_nearest": 0 if d.nearest_ids is None else d.nearest_ids.shape[1],
         "n_logits": 0 if d.logits is None else d.logits.top_ids.shape[1],
         "columns": list(d.columns),
+        "labels": {name: LATENT_COLUMNS[name][0] for name in d.columns if name in LATENT_COLUMNS},
         "tokens": [""] + [texts[int(token)] for token in vocabulary],
     }
     index = {

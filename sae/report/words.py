@@ -1,11 +1,54 @@
 """Sentences and numbers of the report."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from actcache.progress import format_bytes
 from sae.report.entries import Entry
+
+ARCHITECTURES = {
+    "standard": "ReLU",
+    "gated": "Gated",
+    "jumprelu": "JumpReLU",
+    "topk": "TopK",
+    "batchtopk": "BatchTopK",
+    "matryoshka": "Matryoshka",
+}
+
+LATENT_COLUMNS = {  # of latents.parquet: how it is called, what it means
+    "density": ("frequency", "share of the rows on which it fires"),
+    "max_activation": ("largest activation", "over those rows"),
+    "mean_activation": ("mean when active", "its mean activation over the rows on which it fires"),
+    "fires": ("rows", "on which it fires"),
+    "prompts": ("sequences", "in which it fires"),
+    "positional_score": (
+        "positional score",
+        "share of its variance that the position in the sequence explains: near 1 it tells where, near 0 what",
+    ),
+    "partner": ("partner", "the latent that fires most with it"),
+    "partner_overlap": (
+        "partner's overlap",
+        "rows on which both fire over rows on which either does (Jaccard)",
+    ),
+    "nearest": ("nearest", "the latent with the nearest decoder direction"),
+    "nearest_cosine": ("nearest cosine", "cosine between the decoder directions of the two"),
+    "encoder_decoder_cosine": ("encoder to decoder", "cosine between its encoder and its decoder direction"),
+    "logit_mean": ("logit mean", "mean of its effects on the logits of all tokens"),
+    "logit_std": ("logit std", "their standard deviation"),
+    "logit_skew": ("logit skew", "their skewness: positive where it raises a few tokens much"),
+    "logit_kurtosis": (
+        "logit kurtosis",
+        "their excess kurtosis: 0 for a normal distribution, high where few tokens are meant",
+    ),
+    "token_set_score": ("token set score", "how much it raises (positive) or lowers one kind of token"),
+}
+
+
+def architecture(cfg: Mapping[str, Any]) -> str:
+    """The published name of an SAE's architecture."""
+    name = str(cfg.get("architecture"))
+    return ARCHITECTURES.get(name, name)
 
 
 def lead(entries: Sequence[Entry], ds: Any) -> str:
@@ -16,9 +59,8 @@ def lead(entries: Sequence[Entry], ds: Any) -> str:
     model = (
         ds.spec.model if ds is not None else next((e.cfg["model"] for e in entries if e.cfg.get("model")), "")
     )
-    kinds = {str(e.cfg.get("architecture")) for e in entries}
     if n == 1:
-        d_sae, kind = entries[0].cfg.get("d_sae"), kinds.pop()
+        d_sae, kind = entries[0].cfg.get("d_sae"), architecture(entries[0].cfg)
         size = f" of {d_sae:,} latents" if d_sae else ""
         sentence = f"A {kind} sparse autoencoder{size}"
     else:
@@ -47,7 +89,8 @@ def best(entries: Sequence[Entry]) -> str:
     d_sae = chosen.cfg.get("d_sae") or (chosen.result or {}).get("sae", {}).get("d_sae")
     of = f" of {d_sae:,}" if d_sae else ""
     text = f"With {chosen.figure('l0'):.1f}{of} latents active on a row, {name} "
-    text += f"leaves {percent(chosen.figure('fvu') or 0)} of the variance unexplained"
+    left = with_error(100 * (chosen.figure("fvu") or 0), _times(chosen.error("fvu"), 100), 3)
+    text += f"leaves {left} % of the variance unexplained"
     if with_lm:
         share = with_error(
             100 * (chosen.figure("ce_recovered_zero") or 0), _times(chosen.error("ce_recovered_zero"), 100)
@@ -60,10 +103,10 @@ def _times(value: float | None, factor: float) -> float | None:
     return None if value is None else factor * value
 
 
-def with_error(value: float, error: float | None) -> str:
-    """`0.0312 ± 0.0014`: two digits of the error and as many decimals; four digits without one."""
+def with_error(value: float, error: float | None, digits: int = 4) -> str:
+    """`0.0312 ± 0.0014`: two digits of the error and as many decimals; `digits` digits without one."""
     if error is None or not error > 0 or not math.isfinite(error):
-        return significant(value, 4)
+        return significant(value, digits)
     decimals = max(0, 1 - math.floor(math.log10(error)))
     return f"{value:,.{decimals}f} ± {error:.{decimals}f}"
 

@@ -13,14 +13,16 @@
   // Values of tokens, by pointer or keyboard
 
   const tip = $("tip");
+  const TIPPED = ".s i, [data-tip]";
   let marked = null;
   const show = (token) => {
     if (!token) { tip.style.visibility = "hidden"; return; }
     const box = token.getClientRects()[0];
     if (!box) return;
-    tip.textContent = token.dataset.v;
+    tip.classList.toggle("words", "tip" in token.dataset);
+    tip.textContent = token.dataset.tip || token.dataset.v;
     tip.style.left = Math.max(4, Math.min(box.left, innerWidth - tip.offsetWidth - 4)) + "px";
-    tip.style.top = (box.top > 30 ? box.top - 24 : box.bottom + 4) + "px";
+    tip.style.top = (box.top > tip.offsetHeight + 8 ? box.top - tip.offsetHeight - 4 : box.bottom + 4) + "px";
     tip.style.visibility = "visible";
   };
   const mark = (token) => {
@@ -29,8 +31,10 @@
     if (token) { token.classList.add("at"); token.scrollIntoView({ block: "nearest" }); }
     show(token);
   };
-  document.addEventListener("mouseover", (event) => show(event.target.closest(".s i")));
-  document.addEventListener("scroll", () => { if (!marked) show(null); }, { passive: true });
+  const reached = () => marked || document.activeElement?.closest(":focus-visible[data-tip]");  // by keyboard
+  document.addEventListener("mouseover", (event) => show(event.target.closest(TIPPED) || reached()));
+  document.addEventListener("scroll", () => show(reached()), { passive: true, capture: true });
+  document.addEventListener("focusin", () => show(reached()));
   document.addEventListener("focusout", () => mark(null));
   document.addEventListener("keydown", (event) => {
     const typing = event.target.matches("input, select");
@@ -38,7 +42,8 @@
     const list = event.target.closest("ol.s");
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     const turn = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-    if (!list || !(step || turn)) { if (event.key === "Escape") mark(null); return; }
+    if (event.key === "Escape") { mark(null); return; }
+    if (!list || !(step || turn)) return;
     event.preventDefault();
     const peaks = [...list.querySelectorAll("b i")];
     if (!marked || !list.contains(marked)) { mark(peaks[0]); return; }
@@ -47,6 +52,12 @@
     const at = all.indexOf(step ? marked : row.querySelector("b i"));
     mark(all[Math.max(0, Math.min(all.length - 1, at + (step || turn)))]);
   });
+  const reveal = () => {  // a definition that is folded away
+    const wanted = document.getElementById(location.hash.slice(1)), folded = wanted?.closest("details:not([open])");
+    if (folded) { folded.open = true; wanted.scrollIntoView(); }
+  };
+  addEventListener("hashchange", reveal);
+  reveal();
   let opened = [];
   addEventListener("beforeprint", () => {
     opened = [...document.querySelectorAll("details:not([open])")];
@@ -60,7 +71,9 @@
 
   const TYPES = { uint8: Uint8Array, int16: Int16Array, int32: Int32Array, uint32: Uint32Array, float32: Float32Array };
   const unpack = async (number) => {
-    const bytes = Uint8Array.from(atob($(`block-${number}`).textContent.trim()), (c) => c.charCodeAt(0));
+    const text = atob($(`block-${number}`).textContent.trim());
+    const bytes = new Uint8Array(text.length);
+    for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
     const data = await new Response(stream).arrayBuffer();
     const size = new DataView(data).getUint32(0, true);
@@ -89,10 +102,7 @@
   const significant = (value) =>
     Number.isInteger(value) || Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(3)));
   const decimals = (largest) => (largest > 0 ? Math.max(0, Math.min(20, 2 - Math.floor(Math.log10(largest)))) : 3);
-  const LABELS = {
-    latent: "number", density: "frequency", max_activation: "largest activation", mean_activation: "mean when active",
-  };
-  const label = (name) => LABELS[name] || name.replaceAll("_", " ");
+  const label = (name) => (name === "latent" ? "number" : meta.labels[name] || name.replaceAll("_", " "));
 
   // One latent
 
@@ -152,11 +162,12 @@
         const share = b.share[at + t], text = shown(tokens[token]);
         if (!share && t !== meta.before) return text;
         const value = t === meta.before ? index.value[s] : (share / 255) * largest;
-        return [make("i", { "data-v": value.toFixed(digits), style: `--a:${(share / 255).toFixed(2)}` }, ...text)];
+        const where = `position ${b.position[s - first] + t - meta.before} of sequence ${b.sequence[s - first]}`;
+        return [make("i", { "data-v": `${value.toFixed(digits)} at ${where}`, style: `--a:${(share / 255).toFixed(2)}` }, ...text)];
       };
       const range = (from, to) => Array.from({ length: to - from }, (_, i) => piece(from + i)).flat();
       list.append(make("li", {},
-        make("span", { class: "v", title: `sequence ${b.sequence[s - first]}, position ${b.position[s - first]}` }, index.value[s].toFixed(digits)),
+        make("span", { class: "v" }, index.value[s].toFixed(digits)),
         make("span", { class: "l" }, make("span", {}, ...range(0, meta.before))),
         make("span", { class: "r" }, make("b", {}, ...piece(meta.before)), ...range(meta.before + 1, width))));
     }
@@ -165,21 +176,28 @@
   const card = async (i) => {
     const latent = index.latent[i], largest = index.largest[i];
     const digits = decimals(largest);
-    const head = make("header", {}, make("h3", {}, `latent ${latent}`));
+    const fires = index.starts[i + 1] > index.starts[i];
+    const column = (name) => (meta.columns.includes(name) ? index[`column ${name}`][i] : NaN);
+    const link = (other) => make("a", { href: `#latent-${other}` }, String(other));
+    const head = make("header", {}, make("h3", {}, "latent ", link(latent)));
     const said = { density: (v) => `fires on ${percent(v)} of rows`, mean_activation: (v) => `mean when active ${v.toFixed(digits)}`, max_activation: (v) => `largest ${v.toFixed(digits)}` };
+    for (const name of Object.keys(said))
+      if (fires && Number.isFinite(column(name))) head.append(make("span", {}, said[name](column(name))));
+    const more = make("p", { class: "more" });
     for (const name of meta.columns) {
-      if (name === "fires") continue;
-      const value = index[`column ${name}`][i];
-      if (Number.isFinite(value)) head.append(make("span", {}, said[name] ? said[name](value) : `${label(name)} ${significant(value)}`));
+      const value = column(name);
+      if (name in said || name === "fires" || !Number.isFinite(value) || (name.startsWith("nearest") && meta.n_nearest)) continue;
+      if (name === "partner" && value < 0) continue;  // it has none
+      more.append(make("span", {}, `${label(name)} `, make("b", {}, name === "partner" ? link(value) : significant(value))));
     }
-    const article = make("article", { "aria-label": `latent ${latent}`, id: `latent-${latent}` }, head);
+    const article = make("article", { "aria-label": `latent ${latent}`, id: `latent-${latent}` }, head, more);
     const group = Math.floor(i / meta.group), at = i - group * meta.group;
     const b = await block(group + 1);
     const aside = make("aside");
     const start = index.starts[i], stop = index.starts[i + 1], middle = start + index.n_top[i];
     const text = make("div");
-    if (stop > start) {
-      aside.append(make("div", {}, make("h4", {}, "activations"), histogram(b.histogram, at, "hist", `activations of latent ${latent} by size, from 0 to the largest`),
+    if (fires) {
+      aside.append(make("div", {}, make("h4", {}, Number.isFinite(column("fires")) ? `activations on ${column("fires").toLocaleString("en")} rows` : "activations"), histogram(b.histogram, at, "hist", `activations of latent ${latent} by size, from 0 to the largest`),
         make("div", { class: "axis" }, make("span", {}, "0"), make("span", {}, largest.toFixed(digits)))));
       const first = index.starts[group * meta.group];
       text.append(make("h4", {}, "strongest"), snippets(b, first, start, middle, latent, largest, "strongest activations"));
@@ -188,10 +206,10 @@
     } else text.append(make("p", { class: "note" }, `It fires on none of the ${meta.n_rows.toLocaleString("en")} rows.`));
     if (meta.n_logits) {
       const value = (i) => (b.logit[at * 2 * meta.n_logits + i] * b.logit_scale[at] / 32767).toFixed(2);
-      aside.append(make("div", {}, make("h4", {}, "effect on logits"),
+      aside.append(make("div", {}, make("h4", {}, "effects on logits"),
         histogram(b.logit_histogram, at, "hist thin", `effects of latent ${latent} on the logits of all tokens, by size`),
         make("div", { class: "axis" }, make("span", {}, value(meta.n_logits)), make("span", {}, value(0))),
-        make("div", { class: "pair" }, logits(b, at, 0, "up"), logits(b, at, meta.n_logits, "down"))));
+        make("div", { class: "pair" }, make("h5", {}, "raises most"), make("h5", {}, "lowers most"), logits(b, at, 0, "up"), logits(b, at, meta.n_logits, "down"))));
     }
     if (meta.n_nearest) aside.append(make("div", {}, make("h4", {}, "nearest decoder directions (cosine)"), nearest(b, at)));
     article.append(make("div", { class: "dash" }, aside, text));
@@ -258,6 +276,10 @@
 
   const describe = (n) => {
     const all = n.toLocaleString("en");
+    const number = Number(state.query.trim().replace("#", ""));
+    if (state.query.trim() && !n && Number.isInteger(number) && number >= 0 && number < meta.d_sae)
+      return `Latent ${number} is not among the ${index.latent.length.toLocaleString("en")} of ${meta.d_sae.toLocaleString("en")} that were drawn for this page; --latents asks for more.`;
+    if (!n && !state.query.trim()) return `No latent fires on the ${meta.n_rows.toLocaleString("en")} rows; search for a number to see its weights.`;
     if (state.query.trim()) return n ? `${all} ${n === 1 ? "latent" : "latents"} with “${state.query.trim()}” as number or strongest token` : `No latent with “${state.query.trim()}” as number or strongest token.`;
     return state.sort === "sample" ? `${all} living latents in random order` : `${all} living latents by ${label(state.sort)}`;
   };

@@ -7,9 +7,12 @@ import csv
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
@@ -348,7 +351,7 @@ def test_a_site_of_another_width_has_no_logit_effects(run, ds, tokenizer):
     )
     assert d.logits is None
     assert len(d.latents) == 4
-    assert (read_columns(table)["fires"][d.latents] > 0).all()
+    assert (read_columns(table, D_SAE)["fires"][d.latents] > 0).all()
 
 
 def test_blocks_of_many_latents_come_back_as_they_were():
@@ -434,6 +437,108 @@ def test_a_torn_last_line_of_metrics_is_left_out_and_a_torn_middle_refused(tmp_p
     metrics.write_text('{"step"\n' + metrics.read_text())
     with pytest.raises(CorruptObject, match=r"metrics\.jsonl line 1"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda data: data[: len(data) // 2], "latents.parquet is damaged"),
+        (lambda data: b"", "latents.parquet is damaged"),
+        (lambda data: table_of(latent=range(D_SAE)), "not fires of 40 latents"),
+        (lambda data: table_of(fires=range(7)), "it has 7 rows"),
+    ],
+    ids=["torn", "empty", "no counts", "another SAE's"],
+)
+def test_a_damaged_table_of_latents_is_one_error_with_its_remedy(
+    spoil, message, run, ds, tokenizer, tmp_path
+):
+    shutil.copytree(run[0] / "topk-40-2", tmp_path / "topk-40-2")
+    table = tmp_path / "topk-40-2" / "latents.parquet"
+    table.write_bytes(spoil(table.read_bytes()))
+    with pytest.raises(CorruptObject, match=f"{message}.*python -m sae eval .* --force") as caught:
+        write_report(tmp_path, ds, tokenizer=tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def table_of(**columns):
+    out = io.BytesIO()
+    pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), out)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("lost", ["n_rows", "split", "dataset", "sae", "n_tokens"])
+def test_an_evaluation_that_lacks_something_is_one_error(lost, run, tmp_path):
+    result = json.loads((run[0] / "topk-40-2" / "eval.json").read_text())
+    del result[lost]
+    (s,) = write_run(tmp_path, n=1)
+    (s.path / "eval.json").write_text(json.dumps(result))
+    with pytest.raises(CorruptObject, match=f"lacks {lost}.*--force"):
+        write_report(tmp_path)
+    (s.path / "eval.json").write_text(json.dumps(result)[:50])
+    with pytest.raises(CorruptObject, match="not a JSON object.*--force"):
+        write_report(tmp_path)
+
+
+def test_a_run_that_goes_on_is_told_from_one_that_is_not_there(tmp_path, capsys):
+    from sae.__main__ import main
+
+    write_run(tmp_path, n=2)
+    names = ["topk-40-2", "topk-40-3"]
+    (tmp_path / "run.json").write_text(json.dumps({"saes": {name: {} for name in names}}))
+    (tmp_path / names[1] / "sae.json").unlink()
+    text = "".join(Page(write_report(tmp_path).read_text()).text)
+    assert "Not finished, and so not shown: topk-40-3." in text
+    (tmp_path / names[0] / "sae.json").unlink()
+    assert main(["report", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "has not finished" in line
+    assert "goes on from the last checkpoint" in line
+
+
+@pytest.mark.parametrize("option", ["out", "assets", "neuronpedia"])
+def test_a_place_that_cannot_be_written_is_found_before_any_work(option, tmp_path, ds):
+    write_run(tmp_path, n=1)
+    (tmp_path / "file").write_text("")
+    places = {"out": tmp_path / "report.html", option: tmp_path / "file" / "below" / "x.html"}
+
+    class Untouched:
+        def __getattr__(self, name):
+            raise AssertionError(f"{name} was used")
+
+    with pytest.raises(SpecError, match=f"file/below.* cannot be written .*--{option}"):
+        write_report(tmp_path, ds, tokenizer=Untouched(), **places)
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_results_of_tasks_are_tables(tmp_path):
+    (s,) = write_run(tmp_path, n=1)
+    scores = {"auc": 0.75, "auc_ood": 0.5}
+    found = {
+        "probing": {
+            "string": {"latents": [3, 1], "k1": scores, "dense": scores},
+            "number": {"skipped": "fewer than 20 rows"},
+        },
+        "brackets": {"n": 100, "accuracy": 0.9, "recovered": 0.8125},
+        "ioi": {"n": 10, "accuracy": 0.5, "skipped": "the clean LM is right on 50%"},
+    }
+    (s.path / "tasks.json").write_text(json.dumps(found))
+    page = Page(write_report(tmp_path, assets=tmp_path / "assets").read_text())
+    text = " ".join(" ".join(page.text).split())
+    assert "string 3, 1 0.75 0.5 0.75 0.5 – number – – – – – fewer than 20 rows" in text
+    assert "brackets 100 0.9 0.8125 – ioi 10 0.5 – the clean LM is right on 50%" in text
+    assert {"topk-40-2-probing.csv", "topk-40-2-tasks.csv"} <= {
+        p.name for p in (tmp_path / "assets").iterdir()
+    }
+
+
+def test_a_long_curve_is_thinned_in_its_picture_and_whole_in_its_table(tmp_path):
+    (s,) = write_run(tmp_path, n=1)
+    lines = [{"step": i, "rows": i, "loss": 1.0 + i} for i in range(1, 2002)]
+    (s.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    html = write_report(tmp_path, assets=tmp_path / "assets").read_text()
+    assert len(html) < 150_000
+    with open(tmp_path / "assets" / "topk-40-2-training.csv") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, 2002))
 
 
 def test_no_sae_and_no_place_are_one_clear_error(tmp_path):

@@ -6,20 +6,21 @@ import pytest
 from test_report import D_SAE, HOSTILE, Page, word_tokenizer, write_run
 from toy_dataset import tiny_lm, toy_dataset
 
-from sae.evals import evaluate_many
+from sae.evals import DEFINITIONS, evaluate_many
 from sae.evals.latents import read_parquet
 from sae.report import payload, write_report
 from sae.report.dashboards import N_LOGITS, N_NEAREST, Dashboards, LogitEffects
 from sae.snippets import BEFORE, BINS, SAMPLED, TOP, WIDTH, Snippets
 
 pytestmark = pytest.mark.slow
+DEAD = 39
 
 DRIVE = r"""
 import json, sys
 from playwright.sync_api import sync_playwright
 
-browser, page_url, sweep_url, large_url = sys.argv[1:]
-seen = {"console": [], "errors": [], "requests": [], "dialogs": [], "ready_ms": [], "large_ms": []}
+browser, page_url, sweep_url, large_url, faint_text, dead = sys.argv[1:]
+seen = {"console": [], "errors": [], "requests": [], "dialogs": [], "ready_ms": [], "large_ms": [], "search_ms": []}
 
 def watch(page):
     page.on("console", lambda m: seen["console"].append(m.text))
@@ -81,10 +82,25 @@ with sync_playwright() as p:
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
     seen["keyboard"] = page.evaluate("[...document.querySelectorAll('#cards ol.s')[0].querySelectorAll('b i')].findIndex(x => x.classList.contains('at'))")
+    page.keyboard.press("Escape")
+    seen["escaped"] = page.evaluate("getComputedStyle(tip).visibility")
+    page.locator("a.term", has_text="FVU").first.focus()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Shift+Tab")
+    seen["term"] = [page.inner_text("#tip"), page.evaluate("getComputedStyle(tip).visibility")]
+    page.evaluate("document.querySelector('#summary details').open = false")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('#summary details').open")
+    seen["defined"] = page.evaluate("[location.hash, document.querySelector(':target').innerText]")
+    settled(page, search(dead))
+    seen["dead"] = page.inner_text("#cards")
+    settled(page, search(""))
     link = page.locator("#cards .near a").first
     wanted = int(link.inner_text())
     seen["linked"] = [wanted, settled(page, link.click)]
-    seen["overflow"] = {}
+    seen["moving"] = page.evaluate("document.getAnimations().length")
+    page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    seen["overflow"], seen["faint"] = {}, {"light": page.evaluate(faint_text)}
     for width in (1280, 390):
         page.set_viewport_size({"width": width, "height": 800})
         seen["overflow"][width] = page.evaluate("document.documentElement.scrollWidth - innerWidth")
@@ -92,8 +108,13 @@ with sync_playwright() as p:
     seen["light"] = page.evaluate(colour)
     page.emulate_media(color_scheme="dark")
     seen["dark"] = page.evaluate(colour)
+    seen["faint"]["dark"] = page.evaluate(faint_text)
     page.emulate_media(media="print")
+    page.set_viewport_size({"width": 688, "height": 1016})  # A4 within margins of 14 mm
     seen["print"] = [page.evaluate("getComputedStyle(document.querySelector('#tools')).display"), page.evaluate(colour)]
+    seen["faint"]["print"] = page.evaluate(faint_text)
+    seen["print_overflow"] = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+    seen["print_heights"] = page.evaluate("[...document.querySelectorAll('article')].map((a) => a.offsetHeight)")
     page = context.new_page()
     watch(page)
     page.goto(page_url + "#latent-23")
@@ -108,9 +129,45 @@ with sync_playwright() as p:
         page.goto(large_url)
         page.wait_for_selector("html[data-ready]")
         seen["large_ms"].append(int(page.evaluate("document.documentElement.dataset.ready")))
-    seen["large"] = settled(page, search("6143"))
+    for text in ("w1f", "6143"):
+        seen["large"] = settled(page, lambda: page.evaluate('''(text) => {
+            const start = performance.now();
+            new MutationObserver(() => { document.body.dataset.took = Math.round(performance.now() - start); }).observe(cards, { childList: true });
+            q.value = text;
+            q.dispatchEvent(new Event("input"));
+        }''', text))
+        seen["search_ms"].append(int(page.evaluate("document.body.dataset.took")))
     b.close()
 print(json.dumps(seen))
+"""
+
+
+FAINT = r"""
+() => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const rgba = (colour) => {
+    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data; return [r, g, b, a / 255];
+  };
+  const over = (top, under) => [0, 1, 2].map((i) => top[i] * top[3] + under[i] * (1 - top[3])).concat(1);
+  const luminance = (c) => c.slice(0, 3).map((v) => ((v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)).reduce((s, v, i) => s + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (e) => {
+    const layers = [];
+    for (; e; e = e.parentElement) layers.push(rgba(getComputedStyle(e).backgroundColor));
+    return layers.reverse().reduce((under, top) => over(top, under), [255, 255, 255, 1]);
+  };
+  const low = new Map();
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const e = walker.currentNode.parentElement;
+    if (!walker.currentNode.data.trim() || !e.checkVisibility() || e.closest("script, style, :disabled, #tip, option, svg")) continue;
+    const under = behind(e), ink = over(rgba(getComputedStyle(e).color), under);
+    const [x, y] = [luminance(ink), luminance(under)].sort((a, b) => b - a);
+    const ratio = (x + 0.05) / (y + 0.05);
+    if (ratio < 4.5) { const key = `${e.tagName} ${e.className} in ${e.parentElement.tagName}.${e.parentElement.className}`; low.set(key, Math.min(low.get(key) || 99, ratio)); }
+  }
+  return [...low].map(([k, v]) => `${v.toFixed(2)} ${k}`);
+}
 """
 
 
@@ -120,7 +177,10 @@ def report(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
     lm = tiny_lm()
     ds = toy_dataset(lm, n_sequences=40)
-    evaluate_many(write_run(path), ds, lm)
+    saes = write_run(path)
+    saes[0].b_enc.data[DEAD] = -1e9
+    saes[0].save(saes[0].path)
+    evaluate_many(saes, ds, lm)
     tokenizer = word_tokenizer([HOSTILE.get(i, f" word{i}") for i in range(64)])
     write_report(path, ds, tokenizer=tokenizer, model=lm)
     return path, Page((path / "report-topk-40-2.html").read_text()).blocks
@@ -175,11 +235,11 @@ def large(report):
 
 
 @pytest.fixture(scope="module")
-def seen(report, large):
+def seen(report, large, dead):
     path = report[0]
     pages = [(path / name).as_uri() for name in ("report-topk-40-2.html", "report.html")] + [large.as_uri()]
     try:
-        return browser.run(DRIVE, *pages)
+        return browser.run(DRIVE, *pages, FAINT, dead)
     except browser.NoBrowser as err:
         pytest.skip(str(err))
 
@@ -187,6 +247,12 @@ def seen(report, large):
 @pytest.fixture(scope="module")
 def table(report):
     return read_parquet(report[0] / "topk-40-2" / "latents.parquet")
+
+
+@pytest.fixture(scope="module")
+def dead(table):
+    """A latent that never fires."""
+    return next(row["latent"] for row in table if not row["fires"])
 
 
 def with_peak(report, text):
@@ -211,7 +277,10 @@ def test_it_is_there_within_two_seconds(seen):
 
 def test_6144_latents_fit_15_mb_and_are_there_within_two_seconds(seen, large):
     assert large.stat().st_size < 15e6
+    print(f"6,144 latents: {large.stat().st_size / 1e6:.1f} MB, there after {seen['large_ms']} ms, ", end="")
+    print(f"found a token, a number after {seen['search_ms']} ms")
     assert min(seen["large_ms"]) < 2000
+    assert min(seen["search_ms"]) < 2000
     assert seen["large"][0] == 6143
 
 
@@ -268,6 +337,9 @@ def test_hostile_text_stays_text(name, text, seen):
 def test_values_are_shown_by_pointer_and_keyboard(seen, table, report):
     tip, value, visibility = seen["hover"]
     assert tip == value
+    value, where = value.split(" at ")
+    assert where.startswith("position ")
+    assert " of sequence " in where
     assert visibility == "visible"
     index, _ = payload.unpack(report[1][0])
     first = seen["numbered"][0]
@@ -275,6 +347,34 @@ def test_values_are_shown_by_pointer_and_keyboard(seen, table, report):
     assert float(value) == pytest.approx(peak, rel=0.01)
     assert float(np.max(index["largest"])) >= peak
     assert seen["keyboard"] == 1
+    assert seen["escaped"] == "hidden"
+
+
+def test_a_heading_says_what_it_means_and_leads_there(seen):
+    assert seen["term"] == [DEFINITIONS["fvu"], "visible"]
+    assert seen["defined"][0] == "#figure-fvu"
+    assert DEFINITIONS["fvu"] in seen["defined"][1]
+
+
+def test_a_latent_that_never_fires_says_so(seen, dead):
+    assert f"latent {dead}" in seen["dead"]
+    assert "It fires on none of the" in seen["dead"]
+    assert "nearest decoder directions" in seen["dead"]
+    assert "nan" not in seen["dead"].lower()
+
+
+def test_text_has_the_contrast_of_wcag_aa(seen):
+    """4.5 of text to what is behind it, by the formula of WCAG 2.2; disabled controls are exempt."""
+    assert seen["faint"] == {"light": [], "dark": [], "print": []}
+
+
+def test_nothing_moves(seen):
+    assert seen["moving"] == 0
+
+
+def test_two_latents_fit_a_printed_page(seen):
+    assert seen["print_overflow"] <= 0
+    assert max(seen["print_heights"]) < 1016 / 2
 
 
 def test_links_lead_to_their_latents_and_pages(seen, table):
