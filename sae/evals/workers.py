@@ -7,7 +7,9 @@ itself, the LM when it is first needed.
 """
 
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,6 +30,7 @@ Call = tuple[str, tuple[Any, ...]]
 """Name of a method of `EvalWorker` and its arguments."""
 
 _IN_FLIGHT = 2
+_THREADS = 4  # parts of rows in memory at a time
 _LOSSES = 3  # of the worker of one call, before it is given up
 _GONE = -1  # number of an actor that was replaced
 
@@ -134,7 +137,10 @@ class EvalWorker:
 
 
 class LocalPool:
-    """Calls made in this process, one after the other."""
+    """Calls made in this process: parts of rows in threads, all else one after the other.
+
+    Reading, sorting and counting keep to one core, and so would leave the others idle.
+    """
 
     def __init__(self, job: EvalJob) -> None:
         self.worker = EvalWorker(job)
@@ -147,8 +153,32 @@ class LocalPool:
 
     def run(self, calls: Sequence[Call]) -> Iterator[Any]:
         """Results in the order of the calls."""
+        if all(method == "rows" for method, _ in calls):
+            yield from self._run_rows([number for _, (number,) in calls])
+            return
         for method, arguments in calls:
             yield getattr(self.worker, method)(*arguments)
+
+    def _run_rows(self, numbers: Sequence[int]) -> Iterator[RowSums]:
+        """By at least two threads, so that one part is read while another is encoded; they share torch's."""
+        torch_threads = torch.get_num_threads()
+        threads = min(_THREADS, max(2, torch_threads))
+        running: deque[Future[RowSums]] = deque()
+        torch.set_num_threads(max(1, torch_threads // threads))  # new threads begin with this
+        try:
+            with ThreadPoolExecutor(threads, "eval-rows") as pool:
+                try:
+                    for number in numbers:
+                        if len(running) > threads:
+                            yield running.popleft().result()
+                        running.append(pool.submit(self.worker.rows, number))
+                    while running:
+                        yield running.popleft().result()
+                finally:
+                    for future in running:
+                        future.cancel()
+        finally:
+            torch.set_num_threads(torch_threads)
 
 
 class RayPool:

@@ -177,7 +177,9 @@ def test_a_latent_of_position_alone_scores_one_and_ranks_first():
     assert spread.prompts_F.tolist() == [64, 64, 64, 64, 64, 0]
 
 
-def test_pairs_equal_brute_force_and_twins_are_partners():
+@pytest.mark.parametrize("table", [0, 2**22])  # sorted, counted in a table
+def test_pairs_equal_brute_force_and_twins_are_partners(table, monkeypatch):
+    monkeypatch.setattr("sae.evals.cooccurrence._TABLE_PAIRS", table)
     rng = np.random.default_rng(1)
     latents = (rng.random((300, 12)) < 0.2).astype(np.float32)
     latents[:, 7] = latents[:, 3]
