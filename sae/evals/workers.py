@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from actcache.errors import ActcacheError, WorkerLost
+from actcache.errors import ActcacheError, SpecError, WorkerLost
 from sae.evals import geometry, logit_lens
 from sae.evals import language_model as lm_pass
 from sae.evals.row_pass import Reference, RowSums, device_of, measure_rows
@@ -84,7 +84,12 @@ class EvalWorker:
 
     def losses(self, start: int, stop: int) -> dict[str, lm_pass.Losses]:
         """Losses over sequences [start, stop)."""
-        tokens = self._job.ds.spec.get("tokens", {})
+        tokens, most = self._job.ds.spec.get("tokens", {}), self.lm.max_context
+        if self._job.join > 1 and most is not None and self.context_size * self._job.join > most:
+            raise SpecError(
+                f"{self._job.join} sequences of {self.context_size} tokens joined are longer than the {most} that "
+                f"{self.lm.model_id} takes. Give --join {max(1, most // self.context_size)} at most."
+            )
         batches = token_batches(
             self._view,
             start,

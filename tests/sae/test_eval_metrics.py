@@ -7,6 +7,7 @@ import pytest
 import torch
 from toy_dataset import ConstantSAE, IdentitySAE, RandomTopK, tiny_lm, toy_dataset
 
+from actcache.errors import SpecError
 from sae import SAE
 from sae.evals import evaluate
 from sae.evals.batches import BatchSums
@@ -308,6 +309,17 @@ def test_losses_by_position_add_up_and_go_beyond_the_context(ds, lm):
     beyond = [g for g in longer["breakdowns"]["loss_by_position"] if g["beyond_context"]]
     assert [(g["from"], g["to"]) for g in beyond] == [(16, 31)]
     assert beyond[0]["n_tokens"] > 0
+
+
+def test_joined_sequences_are_whole_and_fit_the_lm(lm):
+    ds = toy_dataset(lm, n_sequences=21)
+    found = evaluate(RandomTopK(D_MODEL), ds, lm, join=2)
+    assert found["n_sequences"] == 20
+    assert evaluate(RandomTopK(D_MODEL), ds, lm, join=2, n_sequences=20)["n_tokens"] == found["n_tokens"]
+    with pytest.raises(SpecError, match="joined are longer than the 32 .* --join 2"):
+        evaluate(RandomTopK(D_MODEL), ds, lm, join=3)
+    with pytest.raises(SpecError, match="1 sequences cannot be joined 2"):
+        evaluate(RandomTopK(D_MODEL), ds, lm, join=2, n_sequences=1)
 
 
 def test_saelens_compat_ablates_everything_and_counts_the_last_position(ds, lm):
