@@ -1,4 +1,4 @@
-"""`python -m sae`: train, progress, eval, report, export. Options of `train` come from the config dataclasses.
+"""`python -m sae`: train, progress, eval, compare, report, export. Options of `train` come from the config dataclasses.
 
 Heavy imports happen inside the commands, so `--help` is quick.
 """
@@ -21,14 +21,18 @@ if typing.TYPE_CHECKING:
     from .core import SAE
     from .presets import Preset
 
-_LAZY_COMMANDS = {"eval": ("sae.evals.cli", "eval_command"), "report": ("sae.report", "report_command")}
+_LAZY_COMMANDS = {
+    "eval": ("sae.evals.cli", "eval_command"),
+    "compare": ("sae.evals.cli", "compare_command"),
+    "report": ("sae.report", "report_command"),
+}
 
 
 class Group(click.Group):
     """Commands are imported when they are used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["train", "progress", "eval", "report", "export"]
+        return ["train", "progress", "eval", "compare", "report", "export"]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name == "train":
@@ -47,6 +51,7 @@ class Group(click.Group):
             ("train", "Train SAEs on a cached dataset of activations."),
             ("progress", "Say how far training has come."),
             ("eval", "Measure trained SAEs on held-out data."),
+            ("compare", "Say how many latents two SAEs share."),
             ("report", "Make HTML pages of a run or an SAE."),
             ("export", "Write an SAE in another project's format."),
         ]

@@ -63,7 +63,8 @@ def evaluate_many(
         n_rows: rows the SAEs see, from the first (rows are shuffled inside blocks); None for all.
         target_error: take as many sequences as a pilot of 64 says that the standard error of
             ce_recovered_zero needs to be this small for every SAE, at most all; instead of `n_sequences`.
-        join: sequences joined into one for the LM, for contexts `join` times as long as harvested.
+        join: sequences joined into one for the LM, for contexts `join` times as long as harvested; what is
+            left of the sequences behind the last whole group is not run.
         compat: "saelens" counts losses as SAELens and SAEBench do (`language_model`).
         tokenizer: the LM's, for token-set enrichment of each latent; None leaves it out.
         workers: Ray actors; 0 computes in this process.
@@ -71,7 +72,8 @@ def evaluate_many(
         reuse: return the stored result where SAE, dataset, version and all settings are the same.
 
     Raises:
-        SpecError: an SAE's site is not in `ds`, the split is empty, or the LM is not the harvested one.
+        SpecError: an SAE's site is not in `ds`, the split is empty, the LM is not the harvested one, or its
+            context is shorter than joined sequences.
         WorkerLost: actors died three times over one part.
     """
     if compat not in COMPAT:
@@ -86,8 +88,9 @@ def evaluate_many(
 
         check_harvested(model, ds.spec["model"])
     n_rows = view.n_rows if n_rows is None else min(n_rows, view.n_rows)
-    n_sequences = min(n_sequences, view.n_sequences) if model is not None else 0
+    n_sequences = _joinable(min(n_sequences, view.n_sequences), join) if model is not None else 0
     settings = {
+        "train_rows": ds.n_rows,  # their mean is an ablation, and grows with the dataset
         "target_error": target_error,
         "join": join,
         "compat": compat,
@@ -142,6 +145,13 @@ def _check(s: Any, ds: Any, view: Any, split: str) -> None:
         )
     if view.n_rows == 0:
         raise SpecError(f"the {split} split of {ds.url} has no rows. Choose another with --split.")
+
+
+def _joinable(n_sequences: int, join: int) -> int:
+    """Whole groups of `join` sequences."""
+    if n_sequences < join:
+        raise SpecError(f"{n_sequences} sequences cannot be joined {join} at a time. Give a smaller --join.")
+    return n_sequences - n_sequences % join
 
 
 def _references(ds: Any, sites: Sequence[str]) -> dict[str, Reference]:
@@ -302,9 +312,9 @@ def _lm_figures(
     if job.model is None:
         return [{} for _ in job.saes]
     losses: dict[str, lm_pass.Losses] = {}
-    available = job.ds.split(job.split).n_sequences
+    available = _joinable(job.ds.split(job.split).n_sequences, job.join)
     if target_error is not None:
-        pilot = min(_PILOT_SEQUENCES, available)
+        pilot = _joinable(min(max(_PILOT_SEQUENCES, job.join), available), job.join)
         _add_losses(pool, losses, 0, pilot, job.join)
         n_sequences = _sequences_for(job, losses, pilot, target_error, available)
         _add_losses(pool, losses, pilot, n_sequences, job.join)
@@ -362,5 +372,5 @@ def _sequences_for(
         error = errors.get("ce_recovered_zero")
         if error is not None:
             needed = max(needed, math.ceil(pilot * (error / target) ** 2))
-    whole = -(-needed // EVAL_BATCH) * EVAL_BATCH
-    return min(whole, available)
+    batch = EVAL_BATCH * job.join
+    return min(-(-needed // batch) * batch, available)

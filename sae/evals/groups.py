@@ -10,6 +10,7 @@ Shapes: N rows, G groups.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -20,6 +21,18 @@ NORM_BUCKETS = 8  # half octaves on either side of the mean norm: 16 times small
 _FEW_GROUPS = 32
 
 
+@dataclass(frozen=True)
+class Grouping:
+    """Which group each row is in: of number `ids_G[index_N]`, ids ascending."""
+
+    ids_G: np.ndarray
+    index_N: np.ndarray
+
+    @classmethod
+    def of(cls, group_N: np.ndarray) -> Self:
+        return cls(*np.unique(group_N, return_inverse=True))
+
+
 class Grouped:
     """Sums by group: `ids_G` ascending, `sums[name]` [G] or [G, ...]."""
 
@@ -28,12 +41,13 @@ class Grouped:
         self.sums: dict[str, np.ndarray] = {}
 
     @classmethod
-    def of(cls, group_N: np.ndarray, values: Mapping[str, np.ndarray]) -> Self:
+    def of(cls, group_N: "np.ndarray | Grouping", values: Mapping[str, np.ndarray]) -> Self:
         """Sum each value [N] or [N, ...] over the rows of each group."""
+        grouping = group_N if isinstance(group_N, Grouping) else Grouping.of(group_N)
         found = cls()
-        found.ids_G, index_N = np.unique(group_N, return_inverse=True)
+        found.ids_G = grouping.ids_G
         for name, value in values.items():
-            found.sums[name] = _sum_by(index_N, value, len(found.ids_G))
+            found.sums[name] = _sum_by(grouping.index_N, value, len(found.ids_G))
         return found
 
     def merge(self, other: Self) -> None:

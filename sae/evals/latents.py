@@ -15,6 +15,7 @@ Shapes: N rows, F d_sae, K places kept, C non-zero codes of a chunk.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,12 +33,30 @@ _L0_BINS = 50
 
 @dataclass(frozen=True)
 class Codes:
-    """The non-zero activations of a chunk of rows: `value_C[i]` of `latent_C[i]` on row `row_C[i]`."""
+    """The non-zero activations of a chunk of rows: `value_C[i]` of `latent_C[i]` on row `row_C[i]`.
+
+    Ordered by row, then by latent.
+    """
 
     n_rows: int
     row_C: np.ndarray
     latent_C: np.ndarray
     value_C: np.ndarray
+
+    @cached_property
+    def l0_N(self) -> np.ndarray:
+        """Latents that fire on each row, int64 [N]."""
+        return np.bincount(self.row_C, minlength=self.n_rows)
+
+    @cached_property
+    def size_C(self) -> np.ndarray:
+        """The values as float64, for sums."""
+        return self.value_C.astype(np.float64)
+
+    @cached_property
+    def l1_N(self) -> np.ndarray:
+        """Sum of |activation| on each row, float64 [N]."""
+        return np.bincount(self.row_C, weights=np.abs(self.size_C), minlength=self.n_rows)
 
 
 def sparse_codes(latents_NF: Tensor) -> Codes:
@@ -87,7 +106,8 @@ class LatentStats:
         self._top_value = np.zeros(0, np.float32)
         self._top_sequence = np.zeros(0, np.int64)
         self._top_position = np.zeros(0, np.int64)
-        self._floor_F = np.zeros(d_sae, np.float32)  # smallest kept value once K places are kept
+        self._floor_F = np.zeros(d_sae, np.float32)  # at most the K-th largest value so far
+        self._maxima_FG: np.ndarray | None = None  # of values dealt out to 2 K groups
         self._waiting: list[tuple[np.ndarray, ...]] = []  # places not ranked yet
         self._n_waiting = 0
 
@@ -95,12 +115,11 @@ class LatentStats:
         """Count one chunk; `sequence_N`, `position_N` say where its rows come from."""
         self.n_rows += codes.n_rows
         self.fires_F += np.bincount(codes.latent_C, minlength=self.d_sae)
-        self.sum_F += np.bincount(codes.latent_C, weights=codes.value_C, minlength=self.d_sae)
-        np.maximum.at(self.max_F, codes.latent_C, codes.value_C)
-        self._abs_sum += float(np.abs(codes.value_C).sum(dtype=np.float64))
-        l0_N = np.bincount(codes.row_C, minlength=codes.n_rows)
-        self._rows_by_l0 += np.bincount(l0_N, minlength=self.d_sae + 1)
-        keep = (codes.value_C > 0) & (codes.value_C >= self._floor_F[codes.latent_C])
+        self.sum_F += np.bincount(codes.latent_C, weights=codes.size_C, minlength=self.d_sae)
+        self._abs_sum += float(codes.l1_N.sum())
+        self._rows_by_l0 += np.bincount(codes.l0_N, minlength=self.d_sae + 1)
+        self._raise_floor(codes)
+        keep = np.flatnonzero((codes.value_C > 0) & (codes.value_C >= self._floor_F[codes.latent_C]))
         row = codes.row_C[keep]
         self._add_places(codes.latent_C[keep], codes.value_C[keep], sequence_N[row], position_N[row])
 
@@ -117,6 +136,21 @@ class LatentStats:
         self._rows_by_l0 += other._rows_by_l0
         self._add_places(other._top_latent, other._top_value, other._top_sequence, other._top_position)
 
+    def _raise_floor(self, codes: Codes) -> None:
+        """Maxima, and the floor below which a value is among no latent's K largest.
+
+        The K-th largest of 2 K group maxima is at most the K-th largest value, and close to it: few others
+        are left to rank.
+        """
+        n_groups = 2 * self.top_k
+        if self._maxima_FG is None:
+            self._maxima_FG = np.zeros((self.d_sae, n_groups), np.float32)
+        at_C = codes.latent_C * n_groups + np.arange(len(codes.latent_C)) % n_groups
+        np.maximum.at(self._maxima_FG.reshape(-1), at_C, codes.value_C)
+        np.maximum(self.max_F, self._maxima_FG.max(1), out=self.max_F)
+        bound_F = np.partition(self._maxima_FG, n_groups - self.top_k, axis=1)[:, n_groups - self.top_k]
+        np.maximum(self._floor_F, bound_F, out=self._floor_F)
+
     def _add_places(self, latent: np.ndarray, value: np.ndarray, seq: np.ndarray, pos: np.ndarray) -> None:
         if len(latent):
             self._waiting.append((latent, value, seq, pos))
@@ -126,12 +160,17 @@ class LatentStats:
 
     def rank(self) -> None:
         """Keep the K best of what is kept and what waits; called where sums leave for another process."""
+        self._maxima_FG = None  # the floor stays
         if not self._waiting:
             return
         kept = (self._top_latent, self._top_value, self._top_sequence, self._top_position)
         latent, value, seq, pos = (np.concatenate(parts) for parts in zip(kept, *self._waiting, strict=True))
         self._waiting, self._n_waiting = [], 0
-        order = np.lexsort((pos, seq, -value, latent))
+        keep = np.flatnonzero(value >= self._floor_F[latent])
+        latent, value, seq, pos = latent[keep], value[keep], seq[keep], pos[keep]
+        # by latent, falling value (bits of positive floats are ordered as they are), sequence, position
+        strength = latent.astype(np.uint64) << 32 | ~value.view(np.uint32)
+        order = np.lexsort((seq << 32 | pos, strength))
         latent = latent[order]
         first = np.searchsorted(latent, latent, side="left")
         rank = np.arange(len(latent)) - first

@@ -2,7 +2,8 @@
 
 Owns the mergeable accumulator of everything that needs only `x` and `x_hat`: sums are float64,
 so any partition of the rows, merged in any order, gives the same figures (to about 1e-12).
-Never touches the LM or a store.
+The scatter of the rows around their mean, which no SAE enters, is `row_pass.SiteRows`'. Never touches the
+LM or a store.
 
 Definitions (sums and means over the evaluated rows):
     fvu = sum ||x - x_hat||^2 / sum ||x - mu||^2, mu the mean of all evaluated rows
@@ -23,6 +24,8 @@ from typing import Self
 import numpy as np
 import torch
 from torch import Tensor
+
+_CACHED_VALUES = 2**17  # made float64 at a time: 1 MB, which stays in cache
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,14 @@ class RowValues:
 
 def row_values(acts_ND: Tensor, recon_ND: Tensor) -> RowValues:
     """Float64 throughout, on the tensors' device; only [N] leaves it."""
-    x, y = acts_ND.double(), recon_ND.double()
-    values = ((x - y).square().sum(1), x.norm(dim=1), y.norm(dim=1), torch.linalg.vecdot(x, y))
-    return RowValues(*(v.cpu().numpy() for v in values))
+    step = max(1, _CACHED_VALUES // max(1, acts_ND.shape[1]))
+    found = []
+    for acts, recon in zip(acts_ND.split(step), recon_ND.split(step), strict=True):
+        x, y = acts.double(), recon.double()
+        error = x - y
+        values = (torch.linalg.vecdot(error, error), x.norm(dim=1), y.norm(dim=1), torch.linalg.vecdot(x, y))
+        found.append(torch.stack(values))
+    return RowValues(*torch.cat(found, 1).cpu().numpy())
 
 
 def join_values(parts: list[RowValues]) -> RowValues:
@@ -67,10 +75,8 @@ def join_values(parts: list[RowValues]) -> RowValues:
 class Reconstruction:
     """Sums over rows from which the reconstruction metrics follow."""
 
-    def __init__(self, d_in: int) -> None:
+    def __init__(self) -> None:
         self.n_rows = 0
-        self._mean_D = np.zeros(d_in)
-        self._scatter = 0.0  # sum ||x - mean||^2 around the running mean
         self._error = 0.0  # sum ||x - x_hat||^2
         self._n_nonzero = 0  # rows with ||x|| > 0: the denominator of cosine and l2_ratio
         self._cosine = 0.0
@@ -78,35 +84,19 @@ class Reconstruction:
         self._recon_square = 0.0
         self._dot = 0.0
 
-    def update(self, acts_ND: Tensor, recon_ND: Tensor) -> RowValues:
-        """Count the rows of one chunk, and give their values; the tensors stay on their device."""
-        values = row_values(acts_ND, recon_ND)
-        part = Reconstruction(acts_ND.shape[1])
-        part.n_rows = acts_ND.shape[0]
-        if part.n_rows == 0:
-            return values
-        x = acts_ND.double()
-        mean_D = x.mean(0)
-        part._mean_D = mean_D.cpu().numpy()
-        part._scatter = float((x - mean_D).square().sum())
-        part._error = float(values.error_N.sum())
-        part._n_nonzero = int((values.norm_N > 0).sum())
-        part._cosine = float(values.cosine_N.sum())
-        part._ratio = float(values.ratio_N.sum())
-        part._recon_square = float(np.square(values.recon_norm_N).sum())
-        part._dot = float(values.dot_N.sum())
-        self.merge(part)
-        return values
+    def update(self, values: RowValues) -> None:
+        """Count rows."""
+        self.n_rows += len(values.error_N)
+        self._error += float(values.error_N.sum())
+        self._n_nonzero += int((values.norm_N > 0).sum())
+        self._cosine += float(values.cosine_N.sum())
+        self._ratio += float(values.ratio_N.sum())
+        self._recon_square += float(np.square(values.recon_norm_N).sum())
+        self._dot += float(values.dot_N.sum())
 
     def merge(self, other: Self) -> None:
-        """Add the rows that `other` has seen (Chan et al. 1979: the scatter of two parts around one mean)."""
-        n = self.n_rows + other.n_rows
-        if other.n_rows == 0:
-            return
-        delta_D = other._mean_D - self._mean_D
-        self._scatter += other._scatter + float(delta_D @ delta_D) * self.n_rows * other.n_rows / n
-        self._mean_D = self._mean_D + delta_D * (other.n_rows / n)
-        self.n_rows = n
+        """Add the rows that `other` has seen."""
+        self.n_rows += other.n_rows
         self._error += other._error
         self._n_nonzero += other._n_nonzero
         self._cosine += other._cosine
@@ -114,9 +104,13 @@ class Reconstruction:
         self._recon_square += other._recon_square
         self._dot += other._dot
 
-    def metrics(self) -> dict[str, float | None]:
-        """The figures defined above; None where the rows leave one undefined (all equal, all zero)."""
-        fvu = self._error / self._scatter if self._scatter > 0 else None
+    def metrics(self, scatter: float) -> dict[str, float | None]:
+        """The figures defined above; None where the rows leave one undefined (all equal, all zero).
+
+        Args:
+            scatter: sum ||x - mu||^2 of the rows.
+        """
+        fvu = self._error / scatter if scatter > 0 else None
         bias = self._recon_square / self._dot if self._dot else None
         return {
             "fvu": fvu,

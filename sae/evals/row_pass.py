@@ -22,15 +22,24 @@ from torch import Tensor
 
 from sae.evals.batches import BatchSums
 from sae.evals.cooccurrence import MAX_PARTS, Cooccurrence
-from sae.evals.groups import Grouped, jackknife, norm_bucket, position_bucket, position_range, ratio_error
-from sae.evals.latents import Codes, LatentStats, encode
-from sae.evals.reconstruction import Reconstruction, RowValues, join_values
+from sae.evals.groups import (
+    Grouped,
+    Grouping,
+    jackknife,
+    norm_bucket,
+    position_bucket,
+    position_range,
+    ratio_error,
+)
+from sae.evals.latents import LatentStats, encode
+from sae.evals.reconstruction import Reconstruction, join_values, row_values
 from sae.evals.rows import Part, RowParts
 from sae.evals.spread import Spread
 from sae.select import Scratch
 
 _CHUNK_VALUES = 2**25  # latents of a chunk: 128 MB as dense float32
 _GROUPINGS = ("document", "position", "norm")
+_ROUNDING = 1e-12  # scatter below this share of the squares is what rounding left of none
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class SiteRows:
         self.groups = {name: Grouped() for name in _GROUPINGS}
 
     @classmethod
-    def of(cls, centred_ND: Tensor, groups: Mapping[str, np.ndarray]) -> Self:
+    def of(cls, centred_ND: Tensor, groups: Mapping[str, Grouping]) -> Self:
         """Rows minus the reference mean, float64, and the group of each."""
         found = cls()
         centred = centred_ND.cpu().numpy()
@@ -71,7 +80,8 @@ class SiteRows:
         rest_square_G = sum_D @ sum_D - 2 * sum_GD @ sum_D + np.einsum("gd,gd->g", sum_GD, sum_GD)
         with np.errstate(divide="ignore", invalid="ignore"):
             without_G = square - square_G - rest_square_G / rest_n_G
-        return float(square - sum_D @ sum_D / n), without_G
+        scatter = float(square - sum_D @ sum_D / n)
+        return scatter if scatter > _ROUNDING * square else 0.0, without_G
 
     def scatter_by(self, name: str) -> np.ndarray:
         """[G]: sum ||x - mu||^2 over the rows of each group, mu the mean of all rows."""
@@ -85,7 +95,7 @@ class SaeRows:
     """Sums of one SAE over rows."""
 
     def __init__(self, d_in: int, d_sae: int, context_size: int) -> None:
-        self.recon = Reconstruction(d_in)
+        self.recon = Reconstruction()
         self.batches = BatchSums(d_in)
         self.latents = LatentStats(d_sae)
         self.spread = Spread(d_sae, context_size)
@@ -103,7 +113,7 @@ class SaeRows:
         """All figures of rows, with `histograms`, `breakdowns` and `standard_errors`."""
         return {
             **self.latents.metrics(),
-            **self.recon.metrics(),
+            **self.recon.metrics(site.fvu_denominators()[0]),
             **self.batches.metrics(),
             **self.pairs.metrics(),
             "positional_latents": int((np.nan_to_num(self.spread.positional_score_F()) > 0.5).sum()),
@@ -210,20 +220,19 @@ def measure_rows(
         return sums
     documents = getattr(view, "documents_at", None)
     document_N = documents(part.sequence_N, part.position_N).document if documents else part.sequence_N
+    groups = {
+        "document": Grouping.of(document_N),
+        "position": Grouping.of(position_bucket(part.position_N)),
+    }
     for site, reference in references.items():
         acts_ND = rows_tensor(view.read(site, part.row_N))
         own = [i for i, s in enumerate(saes) if s.cfg["site"] == site]
         acts_ND = acts_ND.to(device_of(saes[own[0]]))
         x = acts_ND.double()
-        norm_N = x.norm(dim=1).cpu().numpy()
-        groups = {
-            "document": document_N,
-            "position": position_bucket(part.position_N),
-            "norm": norm_bucket(norm_N, reference.mean_norm),
-        }
-        centred_ND = x - torch.as_tensor(reference.mean_D, device=x.device)
+        groups["norm"] = Grouping.of(norm_bucket(x.norm(dim=1).cpu().numpy(), reference.mean_norm))
+        centred_ND = x.sub_(torch.as_tensor(reference.mean_D, device=x.device))
         sums.sites[site] = SiteRows.of(centred_ND, groups)
-        distance_N = _distance_to_batch_mean(x, part.batch_N)
+        distance_N = _distance_to_batch_mean(centred_ND, part.batch_N)
         del x, centred_ND
         for i in own:
             pairs = sums.saes[i].pairs if number < MAX_PARTS else None
@@ -237,33 +246,32 @@ def _measure_sae(
     pairs: Cooccurrence | None,
     acts_ND: Tensor,
     part: Part,
-    groups: Mapping[str, np.ndarray],
+    groups: Mapping[str, Grouping],
     distance_N: np.ndarray,
 ) -> None:
     """Add the rows of a part to the sums of one SAE."""
     sequences, local_N = np.unique(part.sequence_N, return_inverse=True)
     sums.spread.begin(len(sequences))
-    found: list[RowValues] = []
-    l0, l1 = [], []
+    found, l0, l1 = [], [], []
     device, scratch = device_of(s), Scratch()
     step = chunk_rows(sums.latents.d_sae)
     for start in range(0, len(acts_ND), step):
         here = slice(start, min(start + step, len(acts_ND)))
         chunk_ND = acts_ND[here].to(device)
         codes, recon_ND = encode(s, chunk_ND, scratch)
-        found.append(sums.recon.update(chunk_ND, recon_ND))
+        found.append(row_values(chunk_ND, recon_ND))
         sums.latents.update(codes, part.sequence_N[here], part.position_N[here])
         sums.spread.update(codes, local_N[here], part.position_N[here])
         if pairs is not None:
             pairs.update(codes, len(acts_ND))
-        counts = _counts(codes)
-        l0.append(counts[0])
-        l1.append(counts[1])
+        l0.append(codes.l0_N)
+        l1.append(codes.l1_N)
     sums.spread.end()
     if pairs is not None:
         pairs.end()
     sums.latents.rank()
     values = join_values(found)
+    sums.recon.update(values)
     sums.batches.add(values, distance_N, part.batch_N)
     by_row = {
         "error": values.error_N,
@@ -278,20 +286,13 @@ def _measure_sae(
     sums.groups = {name: Grouped.of(group_N, by_row) for name, group_N in groups.items()}
 
 
-def _counts(codes: Codes) -> tuple[np.ndarray, np.ndarray]:
-    """L0 and L1 of each row, float64."""
-    l0_N = np.bincount(codes.row_C, minlength=codes.n_rows).astype(np.float64)
-    l1_N = np.bincount(codes.row_C, weights=np.abs(codes.value_C), minlength=codes.n_rows)
-    return l0_N, l1_N
-
-
 def _distance_to_batch_mean(x: Tensor, batch_N: np.ndarray) -> np.ndarray:
     """||x - mean of its eval batch||^2 of each row, float64; batches are runs of rows."""
     starts = np.flatnonzero(np.diff(batch_N, prepend=-1))
-    distance = [
-        (rows - rows.mean(0)).square().sum(1).cpu().numpy()
-        for rows in torch.tensor_split(x, torch.as_tensor(starts[1:]))
-    ]
+    distance = []
+    for rows in torch.tensor_split(x, torch.as_tensor(starts[1:])):
+        apart = rows - rows.mean(0)
+        distance.append(torch.linalg.vecdot(apart, apart).cpu().numpy())
     return np.concatenate(distance)
 
 

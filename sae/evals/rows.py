@@ -9,6 +9,7 @@ Shapes: N rows, D d_in.
 """
 
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class Part:
 
 
 class RowParts:
-    """The first `n_rows` rows of a split, cut into parts. `part(i)` reads token metadata only.
+    """The first `n_rows` rows of a split, cut into parts. `part(i)` reads token metadata only; any thread may call it.
 
     Args:
         view: a split.
@@ -51,6 +52,7 @@ class RowParts:
         self._per_block = max(1, self._block_rows // part_rows)
         self._n_blocks = -(-n_rows // self._block_rows)
         self._blocks: dict[int, Part] = {}
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return self._n_blocks * self._per_block
@@ -74,19 +76,20 @@ class RowParts:
         return own
 
     def _sorted(self, block: int) -> Part:
-        if block not in self._blocks:
-            start = block * self._block_rows
-            row_N = np.arange(start, min(start + self._block_rows, self._n_rows))
-            rows = self._view.rows(slice(int(row_N[0]), int(row_N[-1]) + 1))
-            sequence_N, position_N = (
-                np.asarray(rows.sequence, np.int64),
-                np.asarray(rows.position, np.int64),
-            )
-            order = np.lexsort((position_N, sequence_N))
-            while len(self._blocks) >= 3:  # a block and its neighbours
-                del self._blocks[next(iter(self._blocks))]
-            self._blocks[block] = Part(row_N[order], sequence_N[order], position_N[order])
-        return self._blocks[block]
+        with self._lock:
+            if block not in self._blocks:
+                start = block * self._block_rows
+                row_N = np.arange(start, min(start + self._block_rows, self._n_rows))
+                rows = self._view.rows(slice(int(row_N[0]), int(row_N[-1]) + 1))
+                sequence_N, position_N = (
+                    np.asarray(rows.sequence, np.int64),
+                    np.asarray(rows.position, np.int64),
+                )
+                order = np.lexsort((position_N, sequence_N))
+                while len(self._blocks) >= 3:  # a block and its neighbours
+                    del self._blocks[next(iter(self._blocks))]
+                self._blocks[block] = Part(row_N[order], sequence_N[order], position_N[order])
+            return self._blocks[block]
 
 
 def _take(part: Part, mask_N: np.ndarray) -> Part:

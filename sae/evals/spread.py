@@ -43,7 +43,7 @@ class Spread:
         """Count a chunk; `local_N` numbers the sequences of the part from 0."""
         range_N = np.minimum(position_N * self.n_ranges // self.context_size, self.n_ranges - 1)
         self._rows_P += np.bincount(range_N, minlength=self.n_ranges)
-        value_C = codes.value_C.astype(np.float64)
+        value_C = codes.size_C
         np.add.at(self._sum_PF.reshape(-1), range_N[codes.row_C] * self.d_sae + codes.latent_C, value_C)
         self._square_F += np.bincount(codes.latent_C, weights=value_C * value_C, minlength=self.d_sae)
         self._fired_SF[local_N[codes.row_C], codes.latent_C] = True

@@ -7,7 +7,9 @@ itself, the LM when it is first needed.
 """
 
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 
-from actcache.errors import ActcacheError, WorkerLost
+from actcache.errors import ActcacheError, SpecError, WorkerLost
 from sae.evals import geometry, logit_lens
 from sae.evals import language_model as lm_pass
 from sae.evals.row_pass import Reference, RowSums, device_of, measure_rows
@@ -28,6 +30,7 @@ Call = tuple[str, tuple[Any, ...]]
 """Name of a method of `EvalWorker` and its arguments."""
 
 _IN_FLIGHT = 2
+_THREADS = 4  # parts of rows in memory at a time
 _LOSSES = 3  # of the worker of one call, before it is given up
 _GONE = -1  # number of an actor that was replaced
 
@@ -81,7 +84,12 @@ class EvalWorker:
 
     def losses(self, start: int, stop: int) -> dict[str, lm_pass.Losses]:
         """Losses over sequences [start, stop)."""
-        tokens = self._job.ds.spec.get("tokens", {})
+        tokens, most = self._job.ds.spec.get("tokens", {}), self.lm.max_context
+        if self._job.join > 1 and most is not None and self.context_size * self._job.join > most:
+            raise SpecError(
+                f"{self._job.join} sequences of {self.context_size} tokens joined are longer than the {most} that "
+                f"{self.lm.model_id} takes. Give --join {max(1, most // self.context_size)} at most."
+            )
         batches = token_batches(
             self._view,
             start,
@@ -134,7 +142,10 @@ class EvalWorker:
 
 
 class LocalPool:
-    """Calls made in this process, one after the other."""
+    """Calls made in this process: parts of rows in threads, all else one after the other.
+
+    Reading, sorting and counting keep to one core, and so would leave the others idle.
+    """
 
     def __init__(self, job: EvalJob) -> None:
         self.worker = EvalWorker(job)
@@ -147,8 +158,32 @@ class LocalPool:
 
     def run(self, calls: Sequence[Call]) -> Iterator[Any]:
         """Results in the order of the calls."""
+        if all(method == "rows" for method, _ in calls):
+            yield from self._run_rows([number for _, (number,) in calls])
+            return
         for method, arguments in calls:
             yield getattr(self.worker, method)(*arguments)
+
+    def _run_rows(self, numbers: Sequence[int]) -> Iterator[RowSums]:
+        """By at least two threads, so that one part is read while another is encoded; they share torch's."""
+        torch_threads = torch.get_num_threads()
+        threads = min(_THREADS, max(2, torch_threads))
+        running: deque[Future[RowSums]] = deque()
+        torch.set_num_threads(max(1, torch_threads // threads))  # new threads begin with this
+        try:
+            with ThreadPoolExecutor(threads, "eval-rows") as pool:
+                try:
+                    for number in numbers:
+                        if len(running) > threads:
+                            yield running.popleft().result()
+                        running.append(pool.submit(self.worker.rows, number))
+                    while running:
+                        yield running.popleft().result()
+                finally:
+                    for future in running:
+                        future.cancel()
+        finally:
+            torch.set_num_threads(torch_threads)
 
 
 class RayPool:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from toy_dataset import ConstantSAE, IdentitySAE, RandomTopK, tiny_lm, toy_dataset
 
+from actcache.errors import SpecError
 from sae import SAE
 from sae.evals import evaluate
 from sae.evals.batches import BatchSums
@@ -177,7 +178,9 @@ def test_a_latent_of_position_alone_scores_one_and_ranks_first():
     assert spread.prompts_F.tolist() == [64, 64, 64, 64, 64, 0]
 
 
-def test_pairs_equal_brute_force_and_twins_are_partners():
+@pytest.mark.parametrize("table", [0, 2**22])  # sorted, counted in a table
+def test_pairs_equal_brute_force_and_twins_are_partners(table, monkeypatch):
+    monkeypatch.setattr("sae.evals.cooccurrence._TABLE_PAIRS", table)
     rng = np.random.default_rng(1)
     latents = (rng.random((300, 12)) < 0.2).astype(np.float32)
     latents[:, 7] = latents[:, 3]
@@ -306,6 +309,17 @@ def test_losses_by_position_add_up_and_go_beyond_the_context(ds, lm):
     beyond = [g for g in longer["breakdowns"]["loss_by_position"] if g["beyond_context"]]
     assert [(g["from"], g["to"]) for g in beyond] == [(16, 31)]
     assert beyond[0]["n_tokens"] > 0
+
+
+def test_joined_sequences_are_whole_and_fit_the_lm(lm):
+    ds = toy_dataset(lm, n_sequences=21)
+    found = evaluate(RandomTopK(D_MODEL), ds, lm, join=2)
+    assert found["n_sequences"] == 20
+    assert evaluate(RandomTopK(D_MODEL), ds, lm, join=2, n_sequences=20)["n_tokens"] == found["n_tokens"]
+    with pytest.raises(SpecError, match="joined are longer than the 32 .* --join 2"):
+        evaluate(RandomTopK(D_MODEL), ds, lm, join=3)
+    with pytest.raises(SpecError, match="1 sequences cannot be joined 2"):
+        evaluate(RandomTopK(D_MODEL), ds, lm, join=2, n_sequences=1)
 
 
 def test_saelens_compat_ablates_everything_and_counts_the_last_position(ds, lm):

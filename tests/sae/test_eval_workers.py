@@ -1,5 +1,6 @@
 """One worker or eight, alive or killed, give the same figures; on a harvested dataset of real blocks."""
 
+import json
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from tiny_harvest import SITES, tiny_spec
 
 import actcache
 from sae import SAE
+from sae.__main__ import main
 from sae.evals import evaluate_many
 from sae.evals.latents import read_parquet
 from sae.evals.workers import RayPool
@@ -125,3 +127,62 @@ def test_the_part_of_a_killed_worker_is_done_again(ray_session, ds, alone, tmp_p
     assert killed
     assert "was lost; starting another" in caplog.text
     assert_same(found, alone[1])
+
+
+# --- from the command line --------------------------------------------------------------------
+
+
+def sae_here(capsys, *arguments):
+    """What `python -m sae` prints in a process whose standard output is no terminal."""
+    capsys.readouterr()
+    assert main(list(map(str, arguments))) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.ray
+def test_one_ray_worker_by_the_command_line_agrees_with_this_process(
+    ray_session, ds, alone, tmp_path, capsys
+):
+    saes(ds, tmp_path)
+    given = ["--data", ds.url, "--model", model_of(ds), "--split", "train", "--sequences", 96]
+    found = sae_here(capsys, "eval", tmp_path / "0", tmp_path / "1", *given, "--workers", 1, "--json")
+    assert_same(json.loads(found), alone[1])
+
+
+def test_an_sae_on_two_datasets_shows_how_it_transfers(ds, tmp_path, tmp_path_factory, capsys):
+    directory = tmp_path_factory.mktemp("chat")
+    spec = tiny_spec(directory, n_tokens=2_000, block_rows=1024, seed=1)
+    chat = actcache.harvest(spec, root=str(directory / "root"), engine="local", progress=False)
+    saes(ds, tmp_path)
+    two = ["--data", ds.url, "--data", chat.url, "--no-model", "--split", "train"]
+    base, other = json.loads(sae_here(capsys, "eval", tmp_path / "0", *two, "--json"))
+    assert (base["dataset"], other["dataset"]) == (ds.id, chat.id)
+    assert base["fvu"] != other["fvu"]
+    assert json.loads((tmp_path / "0" / "eval.json").read_text()) == base
+    printed = sae_here(capsys, "eval", tmp_path / "0", *two)
+    lines = [line.split() for line in printed.splitlines()]
+    assert [line[1] for line in lines[1:3]] == [ds.url.rsplit("/", 1)[-1], chat.url.rsplit("/", 1)[-1]]
+    assert [line[3] for line in lines[1:3]] == [f"{r['fvu']:.4f}" for r in (base, other)]
+
+
+def test_a_table_that_is_piped_is_not_cut(ds, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    name = "an-sae-with-a-name-that-is-longer-than-any-column-would-be-in-a-terminal-of-eighty"
+    saes(ds, tmp_path)[0].save(tmp_path / name)
+    given = ["--data", ds.url, "--model", model_of(ds), "--split", "train", "--sequences", 16]
+    head, row, *_ = sae_here(capsys, "eval", tmp_path / name, *given).splitlines()
+    assert row.startswith(name)
+    assert "CE recovered, zero" in head
+    assert "CE recovered, mean" in head
+
+
+def test_two_saes_are_compared_from_the_command_line(ds, tmp_path, capsys):
+    one = saes(ds, tmp_path)[0]
+    same = json.loads(sae_here(capsys, "compare", tmp_path / "0", tmp_path / "0", "--json"))
+    assert same == pytest.approx(dict.fromkeys(same, 1.0), abs=1e-6)
+    one.W_dec.data = torch.nn.functional.normalize(torch.randn(one.W_dec.shape), dim=1)
+    one.save(tmp_path / "other")
+    printed = sae_here(capsys, "compare", tmp_path / "0", tmp_path / "other")
+    figures = dict(line.split() for line in printed.splitlines())
+    assert 0 < float(figures["mcc"]) <= float(figures["max_cosine_to_other"]) < 1
+    assert main(["compare", str(tmp_path / "0"), str(tmp_path / "nowhere")]) != 0

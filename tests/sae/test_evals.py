@@ -12,10 +12,11 @@ from toy_dataset import ConstantSAE, IdentitySAE, RandomTopK, tiny_lm, toy_datas
 
 from actcache.errors import NonFiniteActivation, SpecError
 from sae.evals import DEFINITIONS, digest, evaluate, evaluate_many
-from sae.evals.groups import Grouped
+from sae.evals.groups import Grouped, Grouping
 from sae.evals.language_model import Losses, lm_metrics
 from sae.evals.latents import LatentStats, read_parquet, sparse_codes, write_parquet
-from sae.evals.reconstruction import Reconstruction
+from sae.evals.reconstruction import Reconstruction, row_values
+from sae.evals.row_pass import SiteRows
 
 SITE = "blocks.0.hook_resid_post"
 D_MODEL = 24
@@ -49,13 +50,31 @@ def latent_stats(latents_NF, sequence_N, position_N, top_k=3):
 # --- reconstruction ---------------------------------------------------------------------------
 
 
+class Rebuilt:
+    """Rows and what an SAE made of them, in parts."""
+
+    def __init__(self, x=None, y=None):
+        self.sums, self.site = Reconstruction(), SiteRows()
+        if x is not None:
+            self.sums.update(row_values(x, y))
+            groups = {name: Grouping.of(np.zeros(len(x), np.int64)) for name in self.site.groups}
+            self.site = SiteRows.of(x.double() - 1, groups)  # around what is not their mean
+
+    def merge(self, other):
+        self.sums.merge(other.sums)
+        self.site.merge(other.site)
+
+    def metrics(self):
+        return self.sums.metrics(self.site.fvu_denominators()[0])
+
+
 def test_fvu_and_its_kin_equal_their_definitions():
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(300, 7)) * 3 + 50).astype(np.float32)  # a mean far larger than the spread
     y = (x + rng.normal(size=x.shape)).astype(np.float32)
-    acc = Reconstruction(7)
+    acc = Rebuilt()
     for part in np.array_split(np.arange(300), 7):
-        acc.update(torch.from_numpy(x[part]), torch.from_numpy(y[part]))
+        acc.merge(Rebuilt(torch.from_numpy(x[part]), torch.from_numpy(y[part])))
     m = acc.metrics()
     x, y = x.astype(np.float64), y.astype(np.float64)
     error = ((x - y) ** 2).sum()
@@ -72,14 +91,9 @@ def test_parts_merged_in_any_order_equal_one_pass(seed):
     rng = np.random.default_rng(seed)
     x = torch.from_numpy(rng.normal(size=(257, 9)) * 10 + 5)
     y = x + torch.from_numpy(rng.normal(size=(257, 9)))
-    whole = Reconstruction(9)
-    whole.update(x, y)
-    parts = []
-    for index in np.array_split(rng.permutation(257), 6):
-        part = Reconstruction(9)
-        part.update(x[index], y[index])
-        parts.append(part)
-    merged = Reconstruction(9)
+    whole = Rebuilt(x, y)
+    parts = [Rebuilt(x[index], y[index]) for index in np.array_split(rng.permutation(257), 6)]
+    merged = Rebuilt()
     for i in rng.permutation(6):
         merged.merge(parts[i])
     for name, value in whole.metrics().items():
@@ -87,11 +101,12 @@ def test_parts_merged_in_any_order_equal_one_pass(seed):
 
 
 def test_undefined_figures_are_none_and_a_zero_row_is_left_out_of_the_ratios():
-    acc = Reconstruction(3)
-    assert set(acc.metrics().values()) == {None}
-    acc.update(torch.zeros(2, 3), torch.ones(2, 3))
+    assert set(Reconstruction().metrics(0.0).values()) == {None}
+    acc = Rebuilt(torch.full((2, 3), 0.1), torch.full((2, 3), 1.1))
+    assert acc.metrics()["fvu"] is None  # rows that are all equal, but for rounding
+    acc = Rebuilt(torch.zeros(2, 3), torch.ones(2, 3))
     assert {name: value for name, value in acc.metrics().items() if value is not None} == {"mse": 3.0}
-    acc.update(torch.ones(1, 3), torch.full((1, 3), 0.5))
+    acc.merge(Rebuilt(torch.ones(1, 3), torch.full((1, 3), 0.5)))
     assert acc.metrics()["l2_ratio"] == pytest.approx(0.5)
     assert acc.metrics()["cosine"] == pytest.approx(1.0)
 
