@@ -5,6 +5,7 @@ every node, by a job with the run's environment and code. Run as a module, this 
 """
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -106,8 +107,10 @@ def _of_ray(run: Run) -> Iterator[Check]:
         "job server", "Ray version", theirs == ray.__version__, f"{theirs}, here {ray.__version__}", fix
     )
     told = {"command": check_command(run), "workers": run.workers.count, "gpus": run.workers.gpus}
+    told["env_files"] = dict(run.env_files)  # read on each node, to name those that lack a file
     command = ("python", "-m", "cluster.preflight", json.dumps(told | {"python": platform.python_version()}))
     job = replace(run, name=f"{run.name[:29]}-preflight", command=command, steps=(), num_cpus=0, num_gpus=0)
+    job = replace(job, env_files={})
     before = jobs.attempts(job.name)
     jobs.start(job, before[-1].number + 1 if before else 1)
     said: list[str] = []
@@ -179,6 +182,8 @@ def _nodes(told: dict[str, Any]) -> Iterator[Check]:
     nodes = [node for node in ray.nodes() if node["Alive"]]
 
     def look(command: Sequence[str]) -> list[Check]:
+        os.environ.update(env_files.variable(told["env_files"]))
+        env_files.load()
         fix = "put the file there (a secret that the nodes mount), or correct env_files in RUN.toml"
         missing = [_one("", "env_files", False, found, fix) for found in env_files.troubles()]
         return [*_checked("", command), *missing]
