@@ -20,14 +20,14 @@ _VALUE = re.compile(
     r"|://[^/\s:@]*:[^/\s@]+@"  # a URL with a password
     r"|(?<![A-Za-z0-9/+])(?=(?:[a-z0-9/+]*[A-Z]){8})(?=[A-Za-z/+]*\d)[A-Za-z0-9/+]{40}"
     r"(?![A-Za-z0-9/+=])"  # AWS secret key; a git hash and most paths have no eight capitals
-    # secret=..., --api-key=...; "tokens" is another word, and short values (true, null, 8) are settings
-    rf"|(?i:{_WORD}[\"']?\s*[=:]\s*[\"']?[^\s\"']{{8,}})"
+    # secret=..., --api-key=...; "tokens" is another word, and short values (true, null, 8) are settings, paths
+    # are where a secret lies
+    rf"|(?i:{_WORD}[\"']?\s*[=:]\s*[\"']?(?!/)[^\s\"']{{8,}})"
 )
 _FLAG = re.compile(rf"(?i)--?(?:[\w-]*[_-])?{_WORD}")
 _VARIABLE = re.compile(r"(?i)(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIALS?)(?:_ID)?$")
-_LEAST = (
-    8  # characters of a value that is hidden by its variable's name: shorter ones are words of the log too
-)
+_LEAST = 8
+"""Characters of a value that is hidden by its variable's name: shorter ones are words of the log too."""
 
 
 def place_of_secret(values: Mapping[str, Any]) -> str | None:

@@ -132,6 +132,7 @@ def test_what_is_shown_is_scrubbed_also_where_a_line_comes_in_pieces(monkeypatch
 def test_ordinary_lines_are_shown_as_they_are():
     for line in (
         "blocks 12/64  18 %  6,120 rows/s  0:03:12 to go",
+        'env_files = { HF_TOKEN = "/run/secrets/..." }, or let the nodes have it',
         "special tokens: 50256, 50257; token: 17; tokens=131072",
         "s3://bucket/acts/stdlib-gpt2-stdlib-t256-fvu-0.001-dbba4a899ec4/manifest-000003.json",
         'File "/opt/venv/lib/python3.11/site-packages/actcache/driver.py", line 12, in harvest',

@@ -212,26 +212,64 @@ def wait_for_records(directory, names, which, n, timeout_s=300):
         time.sleep(0.2)
 
 
-def test_preflight_tries_every_node_and_names_what_is_missing(cluster, tmp_path):
-    cluster.add_node()
+def test_preflight_tries_every_node_and_names_the_one_that_is_unlike_the_others(cluster, tmp_path):
+    """One node has another version of ours, and a clock five minutes ahead."""
+    other = tmp_path / "other"
+    (other / "actcache-9.9.9.dist-info").mkdir(parents=True)
+    (other / "actcache-9.9.9.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: actcache\nVersion: 9.9.9\n"
+    )
+    (other / "sitecustomize.py").write_text("import time\ntime.time = lambda real=time.time: real() + 300\n")
     path = write_run(tmp_path, "look", str(tmp_path / "acts"), *HARVEST)
-    deadline = time.monotonic() + 120
-    while True:
-        done = cli(cluster.environment, "preflight", path, "--json")
-        checks = [json.loads(line) for line in done.stdout.splitlines()]
-        nodes = {c["where"] for c in checks if c["where"].startswith("node ")}
-        if len(nodes) == 2 or time.monotonic() > deadline:
-            break
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(nodes) == 2
-    per_node = {(c["where"], c["check"]) for c in checks}
-    assert {
-        (n, c) for n in nodes for c in ("put", "conditional put", "ranged get", "delete", "GPUs")
-    } <= per_node
+    cluster.add_node()
+    assert set(preflight_of(cluster, path, 2).values()) == {True}
+    cluster.add_node(PYTHONPATH=f"{other}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    checks = preflight_of(cluster, path, 3)
+    assert {(where.split()[1], check) for (where, check), ok in checks.items() if not ok} == {
+        ("127.0.0.3", "same versions"),
+        ("127.0.0.3", "list and clock"),
+    }
     path.write_text(path.read_text() + "[workers]\ngpus = 1\n")
     failed = cli(cluster.environment, "preflight", path)
     assert failed.returncode == 1
     assert "FAIL cluster: GPUs: 0 of 1 wanted\n     fix: start more GPU nodes" in failed.stdout
+    assert "same versions: actcache 9.9.9; 2 of 3 nodes have actcache " in failed.stdout
+    assert "this machine's clock and the store's are 300 s apart\n     fix: let NTP set" in failed.stdout
+
+
+def preflight_of(cluster, path, n_nodes, timeout_s=120):
+    """Whether all is well, by (where, check), once that many nodes are there."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        done = cli(cluster.environment, "preflight", path, "--json")
+        checks = {(c["where"], c["check"]): c["ok"] for c in map(json.loads, done.stdout.splitlines())}
+        nodes = {where for where, _ in checks if where.startswith("node ")}
+        if len(nodes) == n_nodes:
+            break
+        assert time.monotonic() < deadline, done.stdout + done.stderr
+    every = ("put", "conditional put", "ranged get", "list and clock", "delete", "GPUs", "versions")
+    assert {(node, check) for node in nodes for check in every} <= checks.keys()
+    assert done.returncode == (0 if all(checks.values()) else 1)
+    return checks
+
+
+def test_a_cluster_with_tokens_gets_ours_and_who_has_none_is_told(tmp_path):
+    with RayCluster(token=TOKEN) as cluster:
+        stranger = cluster.environment | {"HOME": str(tmp_path)}
+        for more in ({}, {"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": TOKEN[::-1]}):
+            refused = cli(stranger | more, "list")
+            assert refused.returncode == 1, more
+            assert refused.stderr.startswith("error: the cluster wants its token: set RAY_AUTH_TOKEN"), more
+        (tmp_path / "token").write_text(TOKEN + "\n")
+        for number, how in enumerate(
+            ({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}, {"RAY_AUTH_TOKEN": TOKEN}), 1
+        ):
+            path = write_run(
+                tmp_path, "known", str(tmp_path), "python", "-c", f"import ray; ray.init(); print({number})"
+            )
+            done = cli(stranger | how, "submit", path, "--follow")
+            assert done.stdout.endswith(f"\n{number}\nknown-{number} SUCCEEDED\n"), done.stdout + done.stderr
+            assert TOKEN not in done.stdout + done.stderr
 
 
 SWEEP = """

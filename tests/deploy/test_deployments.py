@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from deployments import DEPLOY, KUBERAY, ROOT, cluster_spec, commands, document, strict_schema
+from deployments import DEPLOY, KUBERAY, ROOT, blocks, cluster_spec, commands, document, strict_schema
 
 from actcache.metrics import COUNTERS, GAUGES
 
@@ -166,6 +167,22 @@ def test_every_command_is_one_that_the_command_lines_parse():
             group.get_command(None, arguments[0]).make_context(arguments[0], arguments[1:])
         except Exception as err:
             pytest.fail(f"{place}: {program} {arguments}: {err}")
+
+
+def test_every_ray_command_of_the_pages_is_one_that_rays_command_line_parses():
+    scripts = pytest.importorskip("ray.scripts.scripts")
+    found = [
+        (path.name, shlex.split(line))
+        for path in sorted((ROOT / "docs/deploy").glob("*.md"))
+        for line in blocks(path.read_text()).splitlines()
+        if line.strip().startswith("ray ")
+    ]
+    assert {words[1] for _, words in found} >= {"start", "stop", "get-auth-token", "up", "exec", "down"}
+    for place, (_, name, *arguments) in found:
+        try:
+            scripts.cli.get_command(None, name).make_context(name, arguments)
+        except Exception as err:
+            pytest.fail(f"{place}: ray {name} {arguments}: {err}")
 
 
 def test_ray_starts_with_options_that_it_has():
