@@ -13,6 +13,7 @@ import click
 
 from .attempts import Attempt, Backend, ClusterError, backend
 from .config import BACKENDS, ConfigError, Run, read_run
+from .credentials import Scrubbed, scrub, secret_variables
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -78,6 +79,8 @@ def submit(run_toml: Path, backend_name: str | None, dry_run: bool, follow: bool
     if dry_run:
         _dry_run(where, run)
         return
+    if run.backend == "ray" and run.env_in_clear and (found := secret_variables(run.env)):
+        click.echo(f"warning: Ray keeps {', '.join(found)} in clear (env_in_clear)", err=True)
     attempt, new = where.submit(run)
     if not new:
         click.echo(f"{attempt.id} has succeeded already; change its command or its name to run it again")
@@ -151,7 +154,7 @@ def logs(run: str, follow: bool, attempt: int | None, backend_name: str | None) 
     if follow:
         _follow(where, found)
     else:
-        click.echo(where.logs(found), nl=False)
+        click.echo(scrub(where.logs(found)), nl=False)
 
 
 @cli.command(context_settings=_SETTINGS)
@@ -232,6 +235,8 @@ def _run_of(attempt: Attempt | None) -> dict[str, Any]:
     """What an attempt runs, as `Run.as_json` gives it, from its command line."""
     assert attempt is not None
     words = shlex.split(attempt.entrypoint)
+    if words[1:3] == ["-m", "cluster.env_files"]:
+        words = words[3:]
     if words[1:3] == ["-m", "cluster.steps"]:
         found: dict[str, Any] = json.loads(words[3])
         return found
@@ -243,7 +248,11 @@ def _run_of(attempt: Attempt | None) -> dict[str, Any]:
 
 
 def _follow(where: Backend, attempt: Attempt) -> None:
-    ended = where.follow(attempt, lambda text: click.echo(text, nl=False))
+    write = Scrubbed(lambda text: click.echo(text, nl=False))
+    try:
+        ended = where.follow(attempt, write)
+    finally:
+        write.close()
     if ended.status != "SUCCEEDED":
         reason = ended.message.partition(", last available logs")[0].strip().splitlines() or [""]
         raise ClusterError(f"{ended.id} {ended.status}: {reason[0]}")
@@ -300,7 +309,7 @@ def main() -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    click.echo(f"error: {scrub(' '.join(message.split()))}", err=True)
     return code
 
 

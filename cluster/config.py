@@ -1,6 +1,6 @@
 """A run as RUN.toml describes it: which command, with what resources, environment and code.
 
-Owns the checks of that file. It never reads the environment (submit.py does, when it sends) and
+Owns the checks of that file. It never reads the environment (backends do, when they send) and
 never touches the cluster; an error names the field, never the value, which may be a secret.
 """
 
@@ -9,30 +9,15 @@ import json
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from .credentials import place_of_secret
+
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")  # fits Kubernetes' 47 with room for -<attempt>
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET_WORD = (
-    r"(?:pass(?:word|wd|phrase)|secret(?:[_-]?key)?|token|credential|(?:api|access|account|private)[_-]?key)"
-)
-_SECRET = re.compile(
-    r"(?:AKIA|ASIA)[0-9A-Z]{16}"  # AWS access key id
-    r"|\b(?:hf_|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|sk-)[A-Za-z0-9_-]{16,}"  # hub, GitHub, GitLab, ...
-    r"|\beyJ[\w-]{8,}\.[\w-]{8,}"  # JSON web token
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY"
-    r"|://[^/\s:@]*:[^/\s@]+@"  # a URL with a password
-    r"|(?<![A-Za-z0-9/+])(?=(?:[a-z0-9/+]*[A-Z]){8})(?=[A-Za-z/+]*\d)[A-Za-z0-9/+]{40}"
-    r"(?![A-Za-z0-9/+=])"  # AWS secret key; a git hash and most paths have no eight capitals
-    # secret=..., --api-key=...; "tokens" is another word, and short values (true, null, 8) are settings
-    rf"|(?i:{_SECRET_WORD}[\"']?\s*[=:]\s*[\"']?[^\s\"']{{8,}})"
-)
-_SECRET_FLAG = re.compile(rf"(?i)--?(?:[\w-]*[_-])?{_SECRET_WORD}")
-
-
 BACKENDS = ("local", "ray", "kuberay", "slurm")
 _PLACE = re.compile(
     r"\{(root|workers|cpus|gpus)\}"
@@ -46,6 +31,7 @@ _WANTED: dict[Any, str] = {
     int: "a whole number",
     bool: "true or false",
     tuple[str, ...]: "a list of strings",
+    Mapping[str, str]: "a table of strings",
 }
 _AT_LEAST_ONE = {("workers.", "count"), ("workers.", "cpus"), ("workers.", "memory_gib"), ("", "drain_s")}
 
@@ -142,6 +128,10 @@ class Run:
     """GPUs that the command itself reserves, e.g. 1 for `sae train`; harvest's actors reserve their own."""
     env: tuple[str, ...] = ()
     """Names of environment variables to pass on; the values come from whoever submits, or from kuberay.secret."""
+    env_files: Mapping[str, str] = field(default_factory=dict)
+    """Variables whose values are read from files of the machines that run it; no value travels."""
+    env_in_clear: bool = False
+    """Let Ray have secrets of `env`, which it keeps in clear in its job table and in logs of its nodes."""
     working_dir: str | None = None
     """Directory of code to upload and run in; None: the code of the cluster's image."""
     drain_s: int = 60
@@ -167,6 +157,11 @@ class Run:
         for i, name in enumerate(self.env):
             if not _ENV_NAME.fullmatch(name):
                 raise ConfigError(f"env[{i}] is not a variable's name; list names only, never NAME=value")
+        for name, path in self.env_files.items():
+            if not _ENV_NAME.fullmatch(name) or name in self.env:
+                raise ConfigError(f"env_files.{name} must be a variable's name that env has not")
+            if not path.startswith("/"):
+                raise ConfigError(f"env_files.{name} must be the full path of a file where the run runs")
         for of, place in self._tables():
             for f in fields(of):
                 value = getattr(of, f.name)
@@ -175,9 +170,15 @@ class Run:
                     if not least <= value < float("inf"):
                         raise ConfigError(f"{place}{f.name} is {value}; it must be {least} or more")
         _check_steps(self)
-        refuse_secrets({f.name: getattr(self, f.name) for f in fields(self) if f.name != "steps"})
-        for of, place in self._tables()[1:]:
-            refuse_secrets({place + f.name: getattr(of, f.name) for f in fields(of)})
+        for of, place in self._tables():
+            found = place_of_secret(
+                {place + f.name: getattr(of, f.name) for f in fields(of) if f.name != "steps"}
+            )
+            if found:
+                raise ConfigError(
+                    f"{found} looks like a secret, and files are kept and shared; "
+                    "read it from a file where the run runs (env_files), or pass a variable on by its name (env)"
+                )
 
     def _tables(self) -> list[tuple[Any, str]]:
         """Every dataclass in it, and what its fields are called in messages."""
@@ -199,9 +200,12 @@ class Run:
     @property
     def entrypoint(self) -> str:
         """The shell command that the backend runs: the command itself, or the one that runs the steps."""
-        if not self.steps:
-            return shlex.join(self.program(self.command))
-        return shlex.join([self.python, "-m", "cluster.steps", self.as_json()])
+        if self.steps:
+            return shlex.join([self.python, "-m", "cluster.steps", self.as_json()])
+        words = self.program(self.command)
+        if self.env_files and self.backend == "ray":
+            words = [self.python, "-m", "cluster.env_files", *words]
+        return shlex.join(words)
 
     def as_json(self) -> str:
         """What `cluster.steps` is told: name, root and the steps as they are run."""
@@ -239,30 +243,6 @@ def read_run(path: str | Path) -> Run:
     return replace(run, working_dir=str(directory))
 
 
-def refuse_secrets(values: Mapping[str, Any]) -> None:
-    """Raise ConfigError where a string looks like a credential; the message names the place only."""
-    previous = ""
-    for place, text in _strings(values):
-        after_flag = _SECRET_FLAG.fullmatch(previous) and not text.startswith("-") and len(text) >= 8
-        if _SECRET.search(text) or after_flag:
-            raise ConfigError(
-                f"{place} looks like a secret, and files are kept and shared; "
-                "put it in an environment variable and its name in env"
-            )
-        previous = text
-
-
-def _strings(values: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(values, str):
-        yield place, values
-    elif isinstance(values, Mapping):
-        for key, value in values.items():
-            yield from _strings(value, f"{place}.{key}" if place else str(key))
-    elif isinstance(values, list | tuple):
-        for i, value in enumerate(values):
-            yield from _strings(value, f"{place}[{i}]")
-
-
 def _from_values(values: dict[str, Any]) -> Run:
     tables = {"workers": Workers, "kuberay": KubeRay, "slurm": Slurm}
     for key, kind in tables.items():
@@ -286,7 +266,7 @@ def _table(kind: Any, values: Any, place: str) -> Any:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it can be {', '.join(known)}"
             raise ConfigError(f"no field is called {place + key!r}; {hint}")
-    required = [f.name for f in fields(kind) if f.default is MISSING]
+    required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     if kind is Run and "steps" not in values:
         required.append("command")
     for key in required:
@@ -300,6 +280,8 @@ def _check_types(of: Any, place: str) -> None:
         value, want = getattr(of, f.name), _WANTED.get(f.type)
         if want == "a list of strings":
             good = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+        elif want == "a table of strings":
+            good = isinstance(value, Mapping) and all(isinstance(item, str) for item in value.values())
         elif want == "a number":
             good = isinstance(value, int | float) and not isinstance(value, bool)
         elif want == "a whole number":

@@ -37,6 +37,10 @@ def manifest(run: Run, attempt: int | str) -> dict[str, Any]:
         raise ConfigError(
             "env names variables, and kuberay.secret is missing: the Kubernetes secret that has them"
         )
+    if run.env_files:
+        raise ConfigError(
+            "env_files is for the other backends; put the names in env, their values in kuberay.secret"
+        )
     if run.working_dir is not None:
         raise ConfigError("working_dir is for the backends local and ray; put the code in the image")
     if run.root is not None and "://" not in run.root:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from . import env_files
 from .attempts import Attempt, ClusterError
 from .config import Run
 from .ray_jobs import require_env
@@ -54,6 +55,7 @@ class Local(StateDirectory):
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, [ours, os.environ.get("PYTHONPATH")]))
         }
+        environment |= env_files.variable(run.env_files)
         command = [
             sys.executable,
             "-m",

@@ -5,15 +5,18 @@ every node, by a job with the run's environment and code. Run as a module, this 
 """
 
 import json
+import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+from . import env_files
 from .attempts import ClusterError
 from .config import Run
 from .ray_jobs import RayJobs
@@ -104,8 +107,10 @@ def _of_ray(run: Run) -> Iterator[Check]:
         "job server", "Ray version", theirs == ray.__version__, f"{theirs}, here {ray.__version__}", fix
     )
     told = {"command": check_command(run), "workers": run.workers.count, "gpus": run.workers.gpus}
+    told["env_files"] = dict(run.env_files)  # read on each node, to name those that lack a file
     command = ("python", "-m", "cluster.preflight", json.dumps(told | {"python": platform.python_version()}))
     job = replace(run, name=f"{run.name[:29]}-preflight", command=command, steps=(), num_cpus=0, num_gpus=0)
+    job = replace(job, env_files={})
     before = jobs.attempts(job.name)
     jobs.start(job, before[-1].number + 1 if before else 1)
     said: list[str] = []
@@ -174,11 +179,14 @@ def _nodes(told: dict[str, Any]) -> Iterator[Check]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ray.init(log_to_driver=False)
     nodes = [node for node in ray.nodes() if node["Alive"]]
 
     def look(command: Sequence[str]) -> list[Check]:
-        return list(_checked("", command))
+        os.environ.update(env_files.variable(told["env_files"]))
+        env_files.load()
+        fix = "put the file there (a secret that the nodes mount), or correct env_files in RUN.toml"
+        missing = [_one("", "env_files", False, found, fix) for found in env_files.troubles()]
+        return [*_checked("", command), *missing]
 
     asked = {}
     for node in nodes:
@@ -188,6 +196,7 @@ def _nodes(told: dict[str, Any]) -> Iterator[Check]:
         asked[node["NodeManagerAddress"], node["NodeID"][:6]] = task.remote(
             [*told["command"], "--gpus", str(gpus)]
         )
+    versions: dict[str, str] = {}
     for (address, node_id), answer in asked.items():
         where = f"node {address} {node_id}"
         try:
@@ -197,7 +206,10 @@ def _nodes(told: dict[str, Any]) -> Iterator[Check]:
             yield _one(where, "reached", False, str(err).splitlines()[0], fix)
             continue
         for check in checks:
+            if check["check"] == "versions":
+                versions[where] = check["found"]
             yield {**check, "where": where}
+    yield from _unlike(versions)
     found = sum(node["Resources"].get("GPU", 0) for node in nodes)
     wanted = told["workers"] * told["gpus"]
     fix = "start more GPU nodes, wait for the autoscaler, or lower count or gpus in [workers]"
@@ -208,6 +220,26 @@ def _nodes(told: dict[str, Any]) -> Iterator[Check]:
     yield _one("cluster", "Python version", same, f"{theirs}, here {told['python']}", fix)
 
 
+def _unlike(versions: dict[str, str]) -> Iterator[Check]:
+    """A failure for each node whose versions are not those of most nodes."""
+    if not versions:
+        return
+    usual, n = Counter(versions.values()).most_common(1)[0]
+    if n == len(versions):
+        yield _one("cluster", "same versions", True, f"on {n} nodes")
+    for where, found in versions.items():
+        if found != usual:
+            own = ", ".join(sorted(set(found.split(", ")) - set(usual.split(", "))))
+            theirs = ", ".join(sorted(set(usual.split(", ")) - set(found.split(", "))))
+            fix = f"start that node from the image or environment of the others: {theirs}"
+            yield _one(
+                where, "same versions", False, f"{own}; {n} of {len(versions)} nodes have {theirs}", fix
+            )
+
+
 if __name__ == "__main__":
+    import ray
+
+    ray.init(log_to_driver=False)
     for one in _nodes(json.loads(sys.argv[1])):
         print(_MARK + json.dumps(one), flush=True)

@@ -1,8 +1,8 @@
 """Runs as jobs of a Ray cluster's job server.
 
-The job server is the only record of attempts; nothing is written on the submitter's side. On the cluster,
-Ray 2.60 writes the values of a job's environment variables into its nodes' runtime_env_agent.log (measured): the
-nodes' own environment (the image, an instance role) is the better place for credentials.
+The job server is the only record of attempts; nothing is written on the submitter's side. Ray 2.60 keeps the values of a
+job's variables in clear in its job table, and writes them into the runtime_env_agent.log of its nodes (measured): those
+that look like credentials are refused unless the run says `env_in_clear`. `env_files` sends paths only.
 """
 
 import asyncio
@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from . import env_files
 from .attempts import Attempt, Backend, ClusterError, parse_id
 from .config import ConfigError, Run
+from .credentials import secret_variables
 
 _SETTLE_S = 15  # the log's last line may come before the job's last state
 _LONGEST_DRAIN_S = 900  # of runs of which we know no drain_s: `stop NAME`; who is done sooner ends sooner
@@ -77,7 +79,7 @@ class RayJobs(Backend):
         """See `Backend`.
 
         Raises:
-            ConfigError: a variable that the run names is not set here.
+            ConfigError: a variable that the run names is not set here, or is a credential.
         """
         client, sent = self.client, self._arguments(run, attempt)
         with _one_kind_of_error():
@@ -86,8 +88,16 @@ class RayJobs(Backend):
     @staticmethod
     def _arguments(run: Run, attempt: int | str) -> dict[str, Any]:
         require_env(run)
+        if not run.env_in_clear and (found := secret_variables(run.env)):
+            raise ConfigError(
+                f"env would send {', '.join(found)}, and Ray keeps it in clear, in its job table and the logs of its nodes; "
+                f'take it from a file of the nodes, env_files = {{ {found[0]} = "/run/secrets/..." }}, or let the nodes '
+                "have it in their own environment, or accept it by env_in_clear = true"
+            )
         env_vars = {"RAY_JOB_STOP_WAIT_TIME_S": str(run.drain_s)} | {n: os.environ[n] for n in run.env}
-        runtime_env: dict[str, Any] = {"env_vars": env_vars}
+        runtime_env: dict[str, Any] = {"env_vars": env_vars | env_files.variable(run.env_files)}
+        if run.env_files:
+            runtime_env["worker_process_setup_hook"] = env_files.HOOK
         if run.working_dir is not None:
             runtime_env |= {"working_dir": run.working_dir, "excludes": _EXCLUDES}
         own = not run.steps  # a pipeline's steps reserve their own

@@ -33,6 +33,9 @@ def script(run: Run, place: Path) -> str:
             "working_dir is for the backends local and ray; install the code where slurm.setup finds it"
         )
     options, workers = run.slurm, run.workers
+    read = "".join(
+        f"{name}=$(cat {shlex.quote(path)}) || exit\nexport {name}\n" for name, path in run.env_files.items()
+    )
     exported = ",".join(["HOME", "PATH", "USER", *run.env])  # names; sbatch takes the values
     lines = {
         "job-name": place.name,
@@ -59,7 +62,7 @@ def script(run: Run, place: Path) -> str:
 set -uo pipefail
 export SLURM_EXPORT_ENV=ALL RAY_ENABLE_UV_RUN_RUNTIME_ENV=0
 {options.setup or ""}
-place={shlex.quote(str(place))}
+{read}place={shlex.quote(str(place))}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # scancel and the time limit signal this shell; the work on the head's node gets it from here

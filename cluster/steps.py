@@ -22,7 +22,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from . import env_files
 from .config import DATA_OF
+from .credentials import scrub
 
 POLL_S = 0.1
 STARTS = 3
@@ -320,7 +322,7 @@ class Runner:
         self._place.release(name)
 
     def _fail(self, name: str, why: str, code: int | None = None) -> None:
-        self._failed[name] = why
+        self._failed[name] = why = scrub(why)
         self._record(name, "stopped" if self._stopping else "failed", error=why)
 
     def _record(self, name: str, state: str, **more: Any) -> None:
@@ -330,13 +332,15 @@ class Runner:
             )
 
     def _show(self, name: str, text: bytes, whole: bool) -> None:
-        if self._many:
-            *lines, rest = (self._unfinished_line[name] + text).split(b"\n")
-            if whole and rest:
-                lines, rest = [*lines, rest], b""
-            self._unfinished_line[name] = rest
-            text = b"".join(b"[" + name.encode() + b"] " + line + b"\n" for line in lines)
-        sys.stdout.buffer.write(text)
+        *lines, rest = (self._unfinished_line[name] + text).split(b"\n")
+        if whole and rest:
+            lines, rest = [*lines, rest], b""
+        self._unfinished_line[name] = rest
+        if not lines:
+            return
+        shown = scrub(b"\n".join(lines).decode(errors="replace")).split("\n")
+        prefix = f"[{name}] " if self._many else ""
+        sys.stdout.write("".join(f"{prefix}{line}\n" for line in shown))
         sys.stdout.flush()
 
     def _say(self, line: str) -> None:
@@ -359,6 +363,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     code = 1
     try:
+        if not env_files.loaded():
+            return code
         place: Here | OnRay = Here() if options.here or "RAY_ADDRESS" not in os.environ else OnRay()
         code = Runner(json.loads(options.run), place).run()
     finally:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 from command_line import actcache_here, harvest_arguments
+from hooked_store import HookedStore
 from tiny_harvest import SITES, tiny_spec
 
 import actcache
+from actcache import probe
 from actcache.errors import HarvestError
 from actcache.lease import Lease
 from actcache.probe import run_checks
@@ -114,6 +116,44 @@ def test_a_check_that_fails_says_what_helps(tmp_path, check, options):
     done = actcache_here("check", tmp_path, "--gpus", 4096)
     assert done.returncode == 1
     assert done.stderr == "error: 1 of 7 checks failed: GPUs\n"
+
+
+@pytest.mark.parametrize(
+    ("check", "verb", "fix"),
+    [
+        ("put", "create", "s3:PutObject"),
+        ("ranged get", "read", "s3:GetObject"),
+        ("conditional put", "swap", "honours If-None-Match"),
+        ("list and clock", "listing", "s3:ListBucket"),
+        ("delete", "delete", "s3:DeleteObject"),
+    ],
+)
+def test_a_store_that_refuses_something_is_found_and_the_fix_names_it(
+    tmp_path, monkeypatch, check, verb, fix
+):
+    def refuse(done, key):
+        if done == verb:
+            raise PermissionError("AccessDenied")
+
+    real = probe.open_store
+    monkeypatch.setattr(probe, "open_store", lambda *a: HookedSub(real(*a), refuse))
+    failed = next(c for c in run_checks(str(tmp_path)) if not c["ok"])
+    assert (failed["check"], failed["found"]) == (check, "AccessDenied")
+    assert fix in failed["fix"]
+
+
+class HookedSub(HookedStore):
+    def sub(self, prefix):
+        return HookedStore(self._store.sub(prefix), self._before)
+
+
+@pytest.mark.parametrize("off_s", [300, -300])
+def test_a_clock_that_is_off_is_found(tmp_path, monkeypatch, off_s):
+    monkeypatch.setattr(time, "time", lambda real=time.time: real() + off_s)
+    [failed] = [c for c in run_checks(str(tmp_path)) if not c["ok"]]
+    assert failed["check"] == "list and clock"
+    assert failed["found"] == "this machine's clock and the store's are 300 s apart"
+    assert failed["fix"].startswith("let NTP set this machine's clock")
 
 
 @pytest.mark.slow

@@ -36,14 +36,21 @@ def pids_naming(text):
 
 
 class RayCluster:
-    """`environment` is a submitter's; ports, session directory and HOME are the cluster's own."""
+    """`environment` is a submitter's; ports, session directory and HOME are the cluster's own.
+
+    With a token it lies where Ray looks for it, ~/.ray/auth_token, and no variable says that it is to be used.
+    """
 
     def __init__(self, head_cpus=4, token=None):
         self._head_cpus, self._token = head_cpus, token
-        self._directory = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets have short paths
+        self.directory = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets have short paths
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        self.environment |= {"RAY_AUTH_MODE": "disabled", "HOME": self._directory}
-        self.environment |= {"RAY_enable_metrics_collection": "0"}
+        self.environment |= {"HOME": self.directory, "RAY_enable_metrics_collection": "0"}
+        if token is None:
+            self.environment["RAY_AUTH_MODE"] = "disabled"
+        else:
+            Path(self.directory, ".ray").mkdir()
+            Path(self.directory, ".ray/auth_token").write_text(token + "\n")
         self._nodes = {}
         self._n = 0
         self._port, self._dashboard = free_ports(2)
@@ -57,19 +64,14 @@ class RayCluster:
         for process in self._nodes.values():
             process.terminate()
         deadline = time.monotonic() + 40
-        while pids := pids_naming(self._directory):
+        while pids := pids_naming(self.directory):
             if time.monotonic() > deadline:
                 for pid in pids:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.2)
         for process in self._nodes.values():
             process.wait(timeout=30)
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-    def _node_environment(self):
-        return self.environment | (
-            {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token} if self._token else {}
-        )
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def start_head(self):
         """A head with job server; after `kill_head`, a new one at the same address that knows nothing."""
@@ -87,17 +89,17 @@ class RayCluster:
         log = self._start("head", ["--head", *(f"--{k}={v}" for k, v in options.items())], self._head_cpus)
         self._wait_for(f"{self.environment['RAY_API_SERVER_ADDRESS']}/api/jobs/", "head", log)
 
-    def add_node(self, num_cpus=2):
-        """Its name."""
+    def add_node(self, num_cpus=2, **environment):
+        """Its name; `environment` is what its processes have in addition."""
         self._n += 1
         name = f"node{self._n}"
         options = [f"--address=127.0.0.1:{self._port}", f"--node-ip-address=127.0.0.{self._n + 1}"]
         [agent] = free_ports(1)
-        self._start(name, [*options, f"--dashboard-agent-listen-port={agent}"], num_cpus)
+        self._start(name, [*options, f"--dashboard-agent-listen-port={agent}"], num_cpus, environment)
         return name
 
-    def _start(self, name, options, num_cpus):
-        directory = Path(self._directory, f"{name}-{time.monotonic_ns() % 10**6}")
+    def _start(self, name, options, num_cpus, environment=None):
+        directory = Path(self.directory, f"{name}-{time.monotonic_ns() % 10**6}")
         directory.mkdir()
         shared = [f"--num-cpus={num_cpus}", f"--object-store-memory={100 * 1024**2}"]
         if name == "head":
@@ -105,7 +107,7 @@ class RayCluster:
         with open(directory / "out", "w") as out:
             self._nodes[name] = subprocess.Popen(
                 [*_RAY, *options, *shared],
-                env=self._node_environment(),
+                env=self.environment | (environment or {}),
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -123,6 +125,12 @@ class RayCluster:
             except ProcessLookupError:
                 continue
         process.wait()
+
+    def remove(self, name):
+        """SIGTERM, as a scheduler does that takes a node back; its workers end with it."""
+        process = self._nodes.pop(name)
+        process.terminate()
+        process.wait(timeout=60)
 
     def _wait_for(self, url, name, out):
         deadline = time.monotonic() + 120

@@ -43,6 +43,8 @@ python = "/opt/bin/python"
 num_cpus = 0.5
 num_gpus = 1
 env = ["A"]
+env_files = { B = "/run/secrets/b" }
+env_in_clear = true
 working_dir = "code"
 backend = "slurm"
 root = "s3://b/p"
@@ -74,6 +76,8 @@ setup = "source venv/bin/activate"
         num_cpus=0.5,
         num_gpus=1,
         env=("A",),
+        env_files={"B": "/run/secrets/b"},
+        env_in_clear=True,
         working_dir=str(tmp_path / "code"),
         backend="slurm",
         root="s3://b/p",
@@ -182,6 +186,12 @@ def test_python_and_actcache_run_with_the_named_interpreter_and_no_shell(command
         (MINIMAL + "num_gpus = -1", "num_gpus is -1; it must be 0 or more"),
         (MINIMAL + "num_gpus = nan", "num_gpus is nan; it must be 0 or more"),
         (MINIMAL + 'env = ["A=1"]', r"env\[0\] is not a variable's name"),
+        (MINIMAL + 'env_files = ["A"]', "env_files is a tuple; it must be a table of strings"),
+        (MINIMAL + 'env_files = { A = "b" }', "env_files.A must be the full path of a file"),
+        (
+            MINIMAL + 'env = ["A"]\nenv_files = { A = "/b" }',
+            "env_files.A must be a variable's name that env has not",
+        ),
         (MINIMAL + 'working_dir = "nowhere"', "nowhere is not a directory"),
         (MINIMAL + 'backend = "k8s"', "backend is not one of local, ray, kuberay, slurm"),
         (MINIMAL + 'command_ = ["{root}"]', "no field is called 'command_'"),
@@ -242,19 +252,19 @@ def test_ordinary_arguments_are_not_taken_for_secrets():
 
 
 def test_dry_run_shows_all_that_would_be_sent_but_no_value_of_the_environment(tmp_path):
-    (tmp_path / "run.toml").write_text(MINIMAL + 'env = ["KEY"]\n')
-    done = cli("submit", str(tmp_path / "run.toml"), "--dry-run", KEY="correct-horse")
+    (tmp_path / "run.toml").write_text(MINIMAL + 'env = ["GREETED"]\n')
+    done = cli("submit", str(tmp_path / "run.toml"), "--dry-run", GREETED="correct-horse")
     sent = json.loads(done.stdout)
     assert sent["entrypoint"] == "python -m actcache harvest"
-    assert sent["runtime_env"]["env_vars"]["KEY"] == "<from the environment>"
+    assert sent["runtime_env"]["env_vars"]["GREETED"] == "<from the environment>"
     assert "correct-horse" not in done.stdout + done.stderr
 
 
 def test_a_variable_that_is_not_set_is_an_error(tmp_path):
-    (tmp_path / "run.toml").write_text(MINIMAL + 'env = ["KEY"]\n')
+    (tmp_path / "run.toml").write_text(MINIMAL + 'env = ["GREETED"]\n')
     done = cli("submit", str(tmp_path / "run.toml"), "--dry-run")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: env names KEY, not set here")
+    assert done.stderr.startswith("error: env names GREETED, not set here")
 
 
 def test_help_fits_a_screen():

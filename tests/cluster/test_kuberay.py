@@ -23,6 +23,7 @@ from deployments import strict_schema
 from cluster.attempts import ClusterError
 from cluster.config import ConfigError, KubeRay, Run, Step, Workers
 from cluster.kuberay import KubeRayJobs, manifest
+from cluster.preflight import _of_kuberay
 
 FULL = Run(
     name="acts",
@@ -121,7 +122,7 @@ class ApiServer(ThreadingHTTPServer):
 
     def __init__(self, validator):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.validator, self.jobs = validator, {}
+        self.validator, self.jobs, self.keys = validator, {}, ["OTHER"]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -150,11 +151,24 @@ class _Handler(BaseHTTPRequestHandler):
             "kind": "RayJob",
             "verbs": verbs,
         }
+        secrets = {
+            "name": "secrets",
+            "singularName": "secret",
+            "namespaced": True,
+            "kind": "Secret",
+            "verbs": verbs,
+        }
         version = {"groupVersion": "ray.io/v1", "version": "v1"}
         fixed = {
             "/version": {"major": "1", "minor": "32", "gitVersion": "v1.32.0"},
             "/api": {"kind": "APIVersions", "versions": ["v1"]},
-            "/api/v1": {"kind": "APIResourceList", "groupVersion": "v1", "resources": []},
+            "/api/v1": {"kind": "APIResourceList", "groupVersion": "v1", "resources": [secrets]},
+            "/api/v1/namespaces/ml/secrets/acts-env": {
+                "kind": "Secret",
+                "apiVersion": "v1",
+                "metadata": {"name": "acts-env", "namespace": "ml"},
+                "data": dict.fromkeys(self.server.keys, "eA=="),
+            },
             "/apis": {
                 "kind": "APIGroupList",
                 "apiVersion": "v1",
@@ -193,6 +207,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self._refuse(404, "NotFound", f"{url.path} not found")
 
     def do_POST(self):
+        if "/rayjobs" not in self.path:
+            return self._refuse(403, "Forbidden", f"{self.path} is not allowed")
         job = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         errors = [e.message for e in self.server.validator.iter_errors(job)]
         if errors:
@@ -256,6 +272,21 @@ def test_attempts_live_in_the_api_server_and_follow_the_operator(api):
     done, new = jobs.submit(FULL)
     assert (done.id, new, done.ended_s - done.started_s) == ("acts-2", False, 10)
     assert [a.number for a in KubeRayJobs().attempts("acts")] == [1, 2]
+
+
+def test_preflight_says_what_kubernetes_lacks_and_what_helps(api):
+    """A cluster without operator, rights, account and one key of the secret."""
+    checks = {check["check"]: check for check in _of_kuberay(FULL) if check["where"] == "Kubernetes"}
+    assert {name: check["ok"] for name, check in checks.items()} == dict.fromkeys(
+        ("KubeRay", "may create RayJobs", "service account", "secret"), False
+    )
+    assert all(check["fix"] for check in checks.values())
+    assert checks["secret"]["found"] == "lacks HF_TOKEN"
+    assert checks["secret"]["fix"] == (
+        "kubectl create secret generic acts-env --from-literal=..., with the keys HF_TOKEN"
+    )
+    api.keys.append("HF_TOKEN")
+    assert [c["ok"] for c in _of_kuberay(FULL) if c["check"] == "secret"] == [True]
 
 
 def test_a_run_that_waits_is_taken_back_by_stop(api):

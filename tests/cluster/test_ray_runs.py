@@ -16,6 +16,7 @@ from ray_cluster import RayCluster, pids_naming
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 ROOT = Path(__file__).parents[2]
+TOKEN = "0123456789abcdef" * 4
 HARVEST = ["actcache", "harvest", "--root", "{root}", "--max-tokens", "500000", "--context-size", "32"]
 HARVEST += [
     "--block-rows",
@@ -43,21 +44,25 @@ def cli(environment, *arguments, timeout_s=400):
 def write_run(directory, name, root, *command, **fields):
     lines = {"name": name, "root": root, "command": list(command), "python": sys.executable} | fields
     path = directory / f"{name}.toml"
-    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in lines.items()))
+    tables = {key: value for key, value in lines.items() if isinstance(value, dict)}
+    text = [f"{key} = {json.dumps(value)}\n" for key, value in lines.items() if key not in tables]
+    for name, table in tables.items():
+        text += [f"[{name}]\n", *(f"{key} = {json.dumps(value)}\n" for key, value in table.items())]
+    path.write_text("".join(text))
     return path
 
 
-def on_s3(cluster, s3):
-    """The environment of a submitter whose runs find the S3 server."""
-    names = {"AWS_ENDPOINT_URL": s3["endpoint_url"], "AWS_ACCESS_KEY_ID": s3["key"]}
-    return (
-        cluster.environment
-        | names
-        | {"AWS_SECRET_ACCESS_KEY": s3["secret"], "AWS_DEFAULT_REGION": "us-east-1"}
-    )
+SECRET = "correct-horse-battery-staple"  # ministack takes any
 
 
-ENV = ["AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"]
+def on_s3(cluster, s3, directory):
+    """(environment of a submitter, fields of a run) whose commands find the S3 server; the key's secret is in a file."""
+    (directory / "secret").write_text(SECRET + "\n")
+    (directory / "key").write_text("me\n")
+    names = {"AWS_ENDPOINT_URL": s3["endpoint_url"], "AWS_DEFAULT_REGION": "us-east-1"}
+    files = {"AWS_ACCESS_KEY_ID": str(directory / "key"), "AWS_SECRET_ACCESS_KEY": str(directory / "secret")}
+    environment = cluster.environment | names | {"AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": SECRET}
+    return environment, {"env": list(names), "env_files": files}
 
 
 def status(environment, path):
@@ -91,48 +96,72 @@ def verified(environment, url):
     return json.loads(done.stdout)
 
 
-def test_a_harvest_to_s3_is_stopped_killed_and_resumed_while_nodes_come_and_go(cluster, s3, tmp_path):
-    environment = on_s3(cluster, s3)
-    command = [*HARVEST, "--max-tokens", "1500000", "--tokens", "1200000", "--workers", "3"]
-    path = write_run(tmp_path, "s3run", "s3://bucket/s3run", *command, env=ENV)
-    lost = cluster.add_node()
-    assert cli(environment, "submit", path).returncode == 0
+def test_a_harvest_to_s3_is_followed_stopped_killed_and_resumed_while_nodes_come_and_go(s3, tmp_path):
+    """On a cluster with a token, whose nodes read the bucket's credentials from files."""
+    with RayCluster(token=TOKEN) as cluster:
+        environment, fields = on_s3(cluster, s3, tmp_path)
+        command = [*HARVEST, "--tokens", "400000", "--workers", "3"]
+        path = write_run(tmp_path, "s3run", "s3://bucket/s3run", *command, **fields)
+        lost = cluster.add_node()
+        assert cli(environment, "submit", path).returncode == 0
+        follower = subprocess.Popen(
+            [sys.executable, "-m", "cluster", "logs", "-f", str(path)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
-    step = wait_for_blocks(environment, path, 3)
-    assert step["running"]
-    assert step["state"] == "partial"
-    assert step["blocks_done"] + step["blocks_missing"] == step["blocks_wanted"]
-    cluster.kill(lost)
-    cluster.add_node()
+        step = wait_for_blocks(environment, path, 3)
+        assert step["running"]
+        assert step["state"] == "partial"
+        assert step["blocks_done"] + step["blocks_missing"] == step["blocks_wanted"]
+        cluster.kill(lost)
+        added = cluster.add_node()
 
-    stopped = cli(environment, "stop", path)
-    assert (stopped.returncode, stopped.stdout) == (0, "s3run-1 is STOPPED\n")
-    assert "stopped by SIGTERM" in cli(environment, "logs", path).stdout
-    [drained] = status(environment, path)["steps"]
-    assert not drained["running"]
-    assert 0 < drained["blocks_done"] < drained["blocks_wanted"]
+        stopped = cli(environment, "stop", path)
+        assert (stopped.returncode, stopped.stdout) == (0, "s3run-1 is STOPPED\n")
+        followed, why = follower.communicate(timeout=60)
+        assert "stopped by SIGTERM" in followed
+        assert (follower.returncode, why.startswith("error: s3run-1 STOPPED")) == (1, True), why
+        [drained] = status(environment, path)["steps"]
+        assert not drained["running"]
+        assert 0 < drained["blocks_done"] < drained["blocks_wanted"]
 
-    assert cli(environment, "submit", path).stdout.startswith("submitted s3run-2")
-    wait_for_blocks(environment, path, drained["blocks_done"] + 1)
-    kill_driver("s3run")
-    deadline = time.monotonic() + 60
-    while status(environment, path)["status"] != "FAILED":
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+        assert cli(environment, "submit", path).stdout.startswith("submitted s3run-2")
+        wait_for_blocks(environment, path, drained["blocks_done"] + 1)
+        kill_driver("s3run")
+        deadline = time.monotonic() + 60
+        while status(environment, path)["status"] != "FAILED":
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
 
-    done = cli(environment, "submit", path, "--follow")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
-    assert done.stdout.endswith("s3run-3 SUCCEEDED\n")
-    found = status(environment, path)
-    assert (found["status"], found["steps"][0]["state"]) == ("SUCCEEDED", "done")
-    assert "problems" in verified(environment, found["steps"][0]["url"])
-    assert cli(environment, "submit", path).stdout.startswith("s3run-3 has succeeded already")
+        assert cli(environment, "submit", path).stdout.startswith("submitted s3run-3")
+        cluster.remove(added)
+        done = cli(environment, "logs", "-f", path)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+        assert done.stdout.endswith("s3run-3 SUCCEEDED\n")
+        found = status(environment, path)
+        assert (found["status"], found["steps"][0]["state"]) == ("SUCCEEDED", "done")
+        assert verified(environment, found["steps"][0]["url"])["problems"] == []
+        assert cli(environment, "submit", path).stdout.startswith("s3run-3 has succeeded already")
+        kept = [file for file in Path(cluster.directory).rglob("*") if file.is_file() and holds(file, SECRET)]
+        assert kept == []
+        assert SECRET not in followed + done.stdout + json.dumps(found)
 
 
-def test_a_dead_head_leaves_what_was_stored_and_a_new_one_finishes_the_run(cluster, tmp_path):
-    environment = cluster.environment
-    command = [*HARVEST, "--tokens", "300000", "--workers", "2"]
-    path = write_run(tmp_path, "headless", str(tmp_path / "acts"), *command)
+def holds(file, text):
+    try:
+        return text.encode() in file.read_bytes()
+    except OSError:  # a socket, or gone
+        return False
+
+
+def test_a_dead_head_leaves_what_was_stored_and_a_new_one_finishes_the_run(cluster, s3, tmp_path):
+    environment, fields = on_s3(cluster, s3, tmp_path)
+    command = [*HARVEST, "--tokens", "200000", "--workers", "2"]
+    path = write_run(tmp_path, "headless", "s3://bucket/headless", *command, **fields)
     assert cli(environment, "submit", path).returncode == 0
     wait_for_blocks(environment, path, 3)
     cluster.kill("head")
@@ -183,41 +212,64 @@ def wait_for_records(directory, names, which, n, timeout_s=300):
         time.sleep(0.2)
 
 
-def test_preflight_tries_every_node_and_names_what_is_missing(cluster, tmp_path):
-    cluster.add_node()
+def test_preflight_tries_every_node_and_names_the_one_that_is_unlike_the_others(cluster, tmp_path):
+    """One node has another version of ours, and a clock five minutes ahead."""
+    other = tmp_path / "other"
+    (other / "actcache-9.9.9.dist-info").mkdir(parents=True)
+    (other / "actcache-9.9.9.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: actcache\nVersion: 9.9.9\n"
+    )
+    (other / "sitecustomize.py").write_text("import time\ntime.time = lambda real=time.time: real() + 300\n")
     path = write_run(tmp_path, "look", str(tmp_path / "acts"), *HARVEST)
-    deadline = time.monotonic() + 120
-    while True:
-        done = cli(cluster.environment, "preflight", path, "--json")
-        checks = [json.loads(line) for line in done.stdout.splitlines()]
-        nodes = {c["where"] for c in checks if c["where"].startswith("node ")}
-        if len(nodes) == 2 or time.monotonic() > deadline:
-            break
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(nodes) == 2
-    per_node = {(c["where"], c["check"]) for c in checks}
-    assert {
-        (n, c) for n in nodes for c in ("put", "conditional put", "ranged get", "delete", "GPUs")
-    } <= per_node
+    cluster.add_node()
+    assert set(preflight_of(cluster, path, 2).values()) == {True}
+    cluster.add_node(PYTHONPATH=f"{other}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    checks = preflight_of(cluster, path, 3)
+    assert {(where.split()[1], check) for (where, check), ok in checks.items() if not ok} == {
+        ("127.0.0.3", "same versions"),
+        ("127.0.0.3", "list and clock"),
+    }
     path.write_text(path.read_text() + "[workers]\ngpus = 1\n")
     failed = cli(cluster.environment, "preflight", path)
     assert failed.returncode == 1
     assert "FAIL cluster: GPUs: 0 of 1 wanted\n     fix: start more GPU nodes" in failed.stdout
+    assert "same versions: actcache 9.9.9; 2 of 3 nodes have actcache " in failed.stdout
+    assert "this machine's clock and the store's are 300 s apart\n     fix: let NTP set" in failed.stdout
+
+
+def preflight_of(cluster, path, n_nodes, timeout_s=120):
+    """Whether all is well, by (where, check), once that many nodes are there."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        done = cli(cluster.environment, "preflight", path, "--json")
+        checks = {(c["where"], c["check"]): c["ok"] for c in map(json.loads, done.stdout.splitlines())}
+        nodes = {where for where, _ in checks if where.startswith("node ")}
+        if len(nodes) == n_nodes:
+            break
+        assert time.monotonic() < deadline, done.stdout + done.stderr
+    every = ("put", "conditional put", "ranged get", "list and clock", "delete", "GPUs", "versions")
+    assert {(node, check) for node in nodes for check in every} <= checks.keys()
+    assert done.returncode == (0 if all(checks.values()) else 1)
+    return checks
 
 
 def test_a_cluster_with_tokens_gets_ours_and_who_has_none_is_told(tmp_path):
-    token = "0123456789abcdef" * 4
-    with RayCluster(token=token) as cluster:
-        environment = {k: v for k, v in cluster.environment.items() if k != "RAY_AUTH_MODE"}
-        refused = cli(environment, "list")
-        assert refused.returncode == 1
-        assert refused.stderr.startswith("error: the cluster wants its token: set RAY_AUTH_TOKEN")
-        (tmp_path / "token").write_text(token + "\n")
-        environment["RAY_AUTH_TOKEN_PATH"] = str(tmp_path / "token")
-        path = write_run(tmp_path, "known", str(tmp_path), "python", "-c", "print('hello')")
-        done = cli(environment, "submit", path, "--follow")
-        assert done.stdout.endswith("hello\nknown-1 SUCCEEDED\n"), done.stdout + done.stderr
-        assert token not in done.stdout + done.stderr
+    with RayCluster(token=TOKEN) as cluster:
+        stranger = cluster.environment | {"HOME": str(tmp_path)}
+        for more in ({}, {"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": TOKEN[::-1]}):
+            refused = cli(stranger | more, "list")
+            assert refused.returncode == 1, more
+            assert refused.stderr.startswith("error: the cluster wants its token: set RAY_AUTH_TOKEN"), more
+        (tmp_path / "token").write_text(TOKEN + "\n")
+        for number, how in enumerate(
+            ({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}, {"RAY_AUTH_TOKEN": TOKEN}), 1
+        ):
+            path = write_run(
+                tmp_path, "known", str(tmp_path), "python", "-c", f"import ray; ray.init(); print({number})"
+            )
+            done = cli(stranger | how, "submit", path, "--follow")
+            assert done.stdout.endswith(f"\n{number}\nknown-{number} SUCCEEDED\n"), done.stdout + done.stderr
+            assert TOKEN not in done.stdout + done.stderr
 
 
 SWEEP = """

@@ -75,7 +75,7 @@ def commands() -> dict[str, list[str]]:
         if "entrypoint" in (spec := document(path)["spec"]):
             found[path.name] = shlex.split(spec["entrypoint"])
     for path in (DEPLOY / "skypilot/harvest.yaml", *sorted((ROOT / "docs/deploy").glob("*.md"))):
-        text = document(path)["run"] if path.suffix == ".yaml" else _blocks(path.read_text())
+        text = document(path)["run"] if path.suffix == ".yaml" else blocks(path.read_text())
         for i, line in enumerate(text.replace("\\\n", " ").splitlines()):
             if words := _ours(line):
                 found[f"{path.name}:{i}"] = words
@@ -89,7 +89,7 @@ def commands() -> dict[str, list[str]]:
     return found
 
 
-def _blocks(markdown: str) -> str:
+def blocks(markdown: str) -> str:
     """The indented lines, which are commands."""
     return "\n".join(line[4:] for line in markdown.splitlines() if line.startswith("    "))
 

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from deployments import DEPLOY, KUBERAY, ROOT, cluster_spec, commands, document, strict_schema
+from deployments import DEPLOY, KUBERAY, ROOT, blocks, cluster_spec, commands, document, strict_schema
 
 from actcache.metrics import COUNTERS, GAUGES
 
@@ -168,6 +169,22 @@ def test_every_command_is_one_that_the_command_lines_parse():
             pytest.fail(f"{place}: {program} {arguments}: {err}")
 
 
+def test_every_ray_command_of_the_pages_is_one_that_rays_command_line_parses():
+    scripts = pytest.importorskip("ray.scripts.scripts")
+    found = [
+        (path.name, shlex.split(line))
+        for path in sorted((ROOT / "docs/deploy").glob("*.md"))
+        for line in blocks(path.read_text()).splitlines()
+        if line.strip().startswith("ray ")
+    ]
+    assert {words[1] for _, words in found} >= {"start", "stop", "get-auth-token", "up", "exec", "down"}
+    for place, (_, name, *arguments) in found:
+        try:
+            scripts.cli.get_command(None, name).make_context(name, arguments)
+        except Exception as err:
+            pytest.fail(f"{place}: ray {name} {arguments}: {err}")
+
+
 def test_ray_starts_with_options_that_it_has():
     scripts = pytest.importorskip("ray.scripts.scripts")
     options = {name for parameter in scripts.start.params for name in parameter.opts}
@@ -253,10 +270,10 @@ def test_prometheus_looks_where_ray_says_what_to_scrape():
 
 
 def test_no_file_holds_a_secret_or_a_path_of_a_machine():
-    from cluster.config import refuse_secrets
+    from cluster.credentials import place_of_secret
 
     for path in DEPLOY.rglob("*"):
         if path.is_file():
             text = path.read_text()
-            refuse_secrets({str(path): text})
+            assert place_of_secret({str(path): text}) is None
             assert not re.search(r"/(?:home/(?!actcache)|work/|root/)", text), path

@@ -1,0 +1,104 @@
+"""In a real terminal of 24 x 80: what following a run prints, and that Ctrl-C ends the following, not the run."""
+
+import fcntl
+import json
+import os
+import pty
+import select
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+class Terminal:
+    """A command with a terminal; `text` is what it has shown."""
+
+    def __init__(self, environment, *arguments):
+        self._ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "cluster", *map(str, arguments)],
+            cwd=ROOT,
+            env={k: v for k, v in environment.items() if k not in ("COLUMNS", "LINES")},
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(theirs)
+        self.text = ""
+
+    def read_until(self, wanted, timeout_s=30):
+        deadline = time.monotonic() + timeout_s
+        while wanted not in self.text:
+            assert time.monotonic() < deadline, self.text
+            if not self._read():
+                assert wanted in self.text, self.text
+
+    def type(self, keys):
+        os.write(self._ours, keys)
+
+    def end(self):
+        """The exit code, after all is read."""
+        while self._read():
+            pass
+        os.close(self._ours)
+        return self.process.wait(timeout=30)
+
+    def _read(self):
+        ready, _, _ = select.select([self._ours], [], [], 30)
+        assert ready, self.text
+        try:
+            data = os.read(self._ours, 65536)
+        except OSError:  # EIO: the other side is closed
+            return False
+        self.text += data.decode()
+        return bool(data)
+
+
+@pytest.fixture
+def environment(tmp_path):
+    return os.environ | {"XDG_STATE_HOME": str(tmp_path / "state")}
+
+
+def write_run(directory, code):
+    path = directory / "run.toml"
+    path.write_text(f'name = "job"\nbackend = "local"\ncommand = ["python", "-c", {json.dumps(code)}]\n')
+    return path
+
+
+@pytest.mark.parametrize("command", ["submit", "logs"])
+def test_ctrl_c_ends_the_following_and_the_run_goes_on(environment, tmp_path, command):
+    code = f"import time, pathlib\nprint('begun', flush=True)\nwhile not pathlib.Path({str(tmp_path / 'go')!r}).exists(): time.sleep(0.05)\nprint('ended')"
+    path = write_run(tmp_path, code)
+    if command == "logs":
+        Terminal(environment, "submit", path).end()
+    shown = Terminal(
+        environment, *(["submit", path, "--follow"] if command == "submit" else ["logs", "-f", path])
+    )
+    shown.read_until("begun\r\n")
+    shown.type(b"\x03")
+    assert shown.end() == 130
+    assert shown.text.endswith("error: interrupted; a submitted run goes on\r\n"), shown.text
+    assert "Traceback" not in shown.text
+    (tmp_path / "go").touch()
+    again = Terminal(environment, "logs", "-f", path)
+    assert again.end() == 0
+    assert again.text == "begun\r\nended\r\njob-1 SUCCEEDED\r\n"
+
+
+@pytest.mark.parametrize("command", ["", "submit", "status", "logs", "stop", "list", "preflight"])
+def test_each_help_fits_24_lines_of_80_columns(environment, command):
+    shown = Terminal(environment, *command.split(), "--help")
+    assert shown.end() == 0
+    lines = shown.text.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
