@@ -1,8 +1,8 @@
 """Writing and merging segments, so that a version lists few of them, and what a driver takes out of them.
 
 A driver gets the records of its own workers as the rows of segments that they will be (`RecordRows`): nothing
-is parsed. Those of earlier runs and other drivers it parses from the store. A merged segment is a new object; the old ones stay for the versions that list them. Specified in
-docs/format.md, "Segments".
+is parsed. Those of earlier runs and other drivers it parses from the store. A merged segment is a new object; the old
+ones stay for the versions that list them. Specified in docs/format.md, "Segments".
 """
 
 from collections.abc import Sequence
