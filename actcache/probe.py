@@ -164,7 +164,7 @@ def _gpus(wanted: int) -> Check:
 def _model(model: str, revision: str | None) -> Check:
     from . import lm
 
-    fix = "export HF_TOKEN here and in env (a gated model: accept its terms), or put the weights in the image's HF_HOME"
+    fix = "export HF_TOKEN here, and name its file in env_files of a run (a gated model: accept its terms), or put the weights in the image's HF_HOME"
     try:
         lm.lm_config(model, revision)
         lm.load_tokenizer(model, revision)

@@ -106,10 +106,10 @@ def synth() -> dict[str, Contest]:
         "topk": Contest(ours=sae.TopK(**ranked), theirs="topk", options={"k": k}, lr=lr),
         "batchtopk": Contest(ours=sae.BatchTopK(**ranked), theirs="batchtopk", options={"k": k}, lr=lr),
         "jumprelu": Contest(
-            ours=sae.JumpReLU(d_sae=f, l0_coefficient=1),
+            ours=sae.JumpReLU(d_sae=f, l0_coefficient=5),
             theirs="jumprelu",
-            options={"l0_coefficient": 1.0},
-            lr=lr,
+            options={"l0_coefficient": 5.0},
+            lr=1e-3,  # at 3e-4 no threshold gets high enough in this run
         ),
         "matryoshka": Contest(
             ours=sae.Matryoshka(**ranked, prefixes=widths),
