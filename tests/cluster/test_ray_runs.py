@@ -215,11 +215,13 @@ def wait_for_records(directory, names, which, n, timeout_s=300):
 def test_preflight_tries_every_node_and_names_the_one_that_is_unlike_the_others(cluster, tmp_path):
     """One node has another version of ours, and a clock five minutes ahead."""
     other = tmp_path / "other"
-    (other / "actcache-9.9.9.dist-info").mkdir(parents=True)
-    (other / "actcache-9.9.9.dist-info/METADATA").write_text(
-        "Metadata-Version: 2.1\nName: actcache\nVersion: 9.9.9\n"
+    other.mkdir()
+    (other / "sitecustomize.py").write_text(  # a dist-info comes after the one where a worker starts
+        "import importlib.metadata, time\n"
+        "time.time = lambda real=time.time: real() + 300\n"
+        "real = importlib.metadata.version\n"
+        "importlib.metadata.version = lambda name: '9.9.9' if name == 'actcache' else real(name)\n"
     )
-    (other / "sitecustomize.py").write_text("import time\ntime.time = lambda real=time.time: real() + 300\n")
     path = write_run(tmp_path, "look", str(tmp_path / "acts"), *HARVEST)
     cluster.add_node()
     assert set(preflight_of(cluster, path, 2).values()) == {True}
