@@ -18,6 +18,7 @@ from actcache.layout import n_shards
 from actcache.manifest import OBJECTS, read_manifest, read_segment_table
 from actcache.opened import Opened
 from actcache.reader import Dataset
+from actcache.segments import RecordRows
 from actcache.tables import SegmentObjects, shard_table
 from actcache.untrusted import ParquetFile
 
@@ -33,7 +34,7 @@ def complete(n_blocks, per_commit, sites=SITES):
     synthetic.calibrate(store)
     state = synthetic.committed(store, train=n_blocks)
     for block in range(n_blocks):
-        state.add(synthetic.record("train", block))
+        state.add(RecordRows.of(synthetic.record("train", block)))
         if len(state.loose) == per_commit:
             state.commit({}, {})
     assert state.commit(dict.fromkeys(sites, LOSSES), {}).complete
