@@ -1,7 +1,12 @@
 """Settings for every test: one thread per test process, no network, no telemetry."""
 
 import os
+import signal
 
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # a shell's background job; what it starts would ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
