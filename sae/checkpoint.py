@@ -17,7 +17,7 @@ from torch import Tensor
 
 from actcache.errors import CorruptObject, FormatError, StoreError
 
-FORMAT = 1
+FORMAT = 2  # 1 had the logarithms of JumpReLU's thresholds
 CHECKPOINT_FILE = "checkpoint.safetensors"
 _STATE_KEY = "actcache.sae.state"
 

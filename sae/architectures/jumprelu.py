@@ -13,7 +13,7 @@ with a rectangle of width `bandwidth` (eq. 11 and 12):
     K = 1 where |pre - threshold| < bandwidth / 2, else 0;  nothing flows to pre through H.
 The threshold itself is trained and kept at 0 or above, as SAELens does. The paper's code trains its
 logarithm: Adam moves a parameter by about the learning rate a step, so 3,000 steps of 1e-3 took a
-threshold of 0.01 to 0.2 at most, whatever the penalty (docs/benchmarks.md, "Ground truth").
+threshold of 0.01 to 0.2 at most, whatever the penalty (docs/benchmarks.md, "Known features").
 
 The frequency penalty (Smith et al. 2025, the second progress update of Google DeepMind's
 interpretability team, on removing high-frequency latents; w_0 0.1 and 0.01 there) is L0 for rare

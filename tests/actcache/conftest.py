@@ -1,5 +1,7 @@
 """What tests share and must not write to: a tiny dataset, and recorded forward passes."""
 
+from pathlib import Path
+
 import pytest
 from replayed import Recorded
 from tiny_harvest import tiny_spec
@@ -14,6 +16,12 @@ def tiny(tmp_path_factory):
     spec = tiny_spec(directory)
     root = str(directory / "root")
     return actcache.harvest(spec, root, progress=False), spec, root
+
+
+@pytest.fixture(scope="session")
+def directory(tiny):
+    """Where the dataset of `tiny` lies."""
+    return Path(tiny[0].url)
 
 
 @pytest.fixture(scope="session")

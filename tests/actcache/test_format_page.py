@@ -30,11 +30,6 @@ from actcache import families
 from actcache.order import permutation as our_permutation
 
 
-@pytest.fixture(scope="module")
-def directory(tiny):
-    return Path(tiny[0].url)
-
-
 def tables(title, page=PAGE):
     """The section's tables by their first header cell: lists of rows, each a list of cells, header first."""
     blocks = re.findall(r"(?:^\|.*\n)+", section(title, page), re.M)

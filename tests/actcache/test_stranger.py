@@ -33,11 +33,6 @@ from tiny_harvest import tiny_spec
 import actcache
 
 
-@pytest.fixture(scope="module")
-def directory(tiny):
-    return Path(tiny[0].url)
-
-
 @pytest.mark.parametrize("split", SPLITS)
 def test_plain_zarr_and_one_line_read_what_our_reader_reads(tiny, directory, split):
     dataset = tiny[0].split(split)

@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_is_named_and_not_trained_over(tmp_path: Path) -> N
     with pytest.raises(CorruptObject, match=r"checkpoint.safetensors is not a whole safetensors file"):
         sae.train(Breaking(_acts()), CONFIGS, TRAINING, out=tmp_path)
     checkpoint.write_tensors(file, {"a": torch.zeros(1)}, {"format": 99})
-    with pytest.raises(FormatError, match="holds format 99; this version reads format 1"):
+    with pytest.raises(FormatError, match="holds format 99; this version reads format 2"):
         sae.train(Breaking(_acts()), CONFIGS, TRAINING, out=tmp_path)
 
 
