@@ -257,7 +257,7 @@ def compare_command(one: str, other: str, as_json: bool, storage_options: dict[s
     max_cosine_to_other   mean over the first's latents of |cosine| to the nearest of the second
     max_cosine_from_other the same from the second's latents
 
-    A minute or two at 6,000 latents.
+    About 7 s at 6,144 latents on 2 cores; the time grows with the cube of the width.
 
     
     Examples:
