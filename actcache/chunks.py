@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .errors import RESTORE, CorruptObject
-from .manifest import ShardTable
 from .shard import Bytes, decode_chunk, shard_key
 from .store import Store
+from .tables import ShardTable
 
 _REQUEST_BYTES = 4 * 2**20
 

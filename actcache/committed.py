@@ -9,12 +9,14 @@ Specified in docs/format.md, "Segments", "Manifest" and "Commit protocol".
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from .errors import FormatError
 from .layout import calibration_key, n_shards
 from .manifest import (
     SPLITS,
@@ -25,9 +27,9 @@ from .manifest import (
     latest_version,
     read_manifest,
     read_records,
-    read_segment_table,
     record_key,
 )
+from .segment_files import open_segment_file, segment_records, segment_statistics
 from .segments import RecordRows, compact, object_sizes, tallies, write_segment
 from .spec import digest
 from .statistics import Tally, merge_tallies
@@ -35,7 +37,7 @@ from .store import Store
 
 log = logging.getLogger(__name__)
 
-_TAKE = 1024  # blocks whose statistics are unpacked at a time
+_TAKE = 1024  # rows of statistics that are unpacked at a time
 _LOOSE_BYTES = 256 * 2**20
 """Of records that no segment holds yet; then one is written ahead of its version. 60 records of 32 sites, which
 had 4 GB in a minute of a harvest."""
@@ -68,30 +70,38 @@ class Committed:
         self.store, self.identity, self.source = store, dict(identity), source
         self.widths, self.wanted = dict(widths), {split: wanted[split] for split in SPLITS}
         self.manifest: Manifest | None = None
-        self.loose: list[RecordRows] = []
-        """Committed records that no segment holds yet."""
-        self._loose_bytes = 0
-        self._ahead: list[Segment] = []
+        self.loose: list[RecordRows]
+        """Committed records that no segment holds yet, with statistics of what nothing else states."""
+        self._ahead: list[Segment]
         """Segments that wait for the next version."""
-        self._runs: dict[tuple[str, str], _Runs] = {}
         self._sizes: dict[str, _Sizes] = {}
-        self._n_sequences: dict[str, dict[int, int]] = {split: {} for split in SPLITS}
-        self._compacted: set[str] = set()
-        self._segments: set[str] = set()
+        self._sized: set[str] = set()
+        """Parts of segments whose sizes are known."""
         self._calibrations: dict[str, str] = {}
+        self._begin()
         self.refresh()
 
+    def _begin(self) -> None:
+        """Know of no record."""
+        self._runs: dict[tuple[str, str], _Runs] = {}
+        self._n_sequences: dict[str, dict[int, int]] = {split: {} for split in SPLITS}
+        self._known: set[str] = set()
+        """Keys of the records that are counted."""
+        self.loose, self._loose_bytes, self._ahead = [], 0, []
+
     def refresh(self) -> None:
-        """Take in what others have committed: segments not seen yet, and loose records."""
+        """Take in what others have committed: the segments of a version of theirs, and loose records.
+
+        Statistics of runs of blocks cannot be told apart again, so after a version of somebody else's all is
+        counted anew, one's own records among it.
+        """
         version = latest_version(self.store)
         if version and (self.manifest is None or self.manifest.version != version):
             self.manifest = read_manifest(self.store, version)
+            self._begin()
             for segment in self.manifest.segments:
-                if segment.statistics not in self._segments:
-                    self._take_in(segment)
-        self.loose = [r for r in self.loose if r.key not in self._compacted]
-        self._loose_bytes = sum(r.nbytes for r in self.loose)
-        for record in read_records(self.store, self._compacted | {r.key for r in self.loose}):
+                self._take_in(segment)
+        for record in read_records(self.store, self._known):
             self.add(RecordRows.of(record))
 
     @property
@@ -101,25 +111,23 @@ class Committed:
 
     def add(self, record: RecordRows) -> None:
         """Take in a record that was just committed; nothing of it counts twice."""
+        if record.key in self._known:
+            return
+        self._known.add(record.key)
         for path, shard, size_bytes in record.sizes:
             self._sizes.setdefault(path, _Sizes()).put(shard, size_bytes)
         split, block = record.split, record.block
         self._n_sequences[split][block] = record.n_sequences
         sites = record.statistics["site"].to_pylist()
+        fresh = {site for site in sites if block not in self._runs_of(split, site)}
         for site, tally in zip(sites, tallies(record.statistics), strict=True):
-            if block not in (runs := self._runs_of(split, site)).blocks:
-                runs.add(block, [tally])
-        if record.key not in self._compacted:
-            self.loose.append(record)
-            self._loose_bytes += record.nbytes
-            if self._loose_bytes > _LOOSE_BYTES:
-                self._ahead.append(write_segment(self.store, self.loose))
-                self._written()
-
-    def _written(self) -> None:
-        """The loose records are in a segment."""
-        self._compacted |= {r.key for r in self.loose}
-        self.loose, self._loose_bytes = [], 0
+            if site in fresh:
+                self._runs_of(split, site).add(range(block, block + 1), tally)
+        self.loose.append(record if len(fresh) == len(sites) else record.stating(fresh))
+        self._loose_bytes += record.nbytes
+        if self._loose_bytes > _LOOSE_BYTES:
+            self._ahead.append(write_segment(self.store, self.loose))
+            self.loose, self._loose_bytes = [], 0
 
     def missing(self) -> list[tuple[str, int, tuple[str, ...]]]:
         """(split, block, sites) of what is wanted and not committed, held-out splits first."""
@@ -127,7 +135,7 @@ class Committed:
         for split in ("validation", "test", "train"):
             runs = {site: self._runs_of(split, site) for site in self.widths}
             for block in range(self.wanted[split]):
-                sites = tuple(site for site in runs if block not in runs[site].blocks)
+                sites = tuple(site for site in runs if block not in runs[site])
                 if sites:
                     units.append((split, block, sites))
         return units
@@ -162,9 +170,8 @@ class Committed:
             manifest = replace(manifest, segments=tuple(kept))
             if commit_manifest(self.store, manifest):
                 self.manifest = manifest
-                self._segments |= {s.statistics for s in manifest.segments}
-                self._written()
-                self._ahead = []
+                self._sized |= {part.key for s in manifest.segments for part in s.objects}
+                self.loose, self._loose_bytes, self._ahead = [], 0, []
                 return manifest
             log.info("%s: another run committed version %d first", self.store.url, manifest.version)
             self.refresh()
@@ -251,27 +258,26 @@ class Committed:
         return self._runs.setdefault((split, site), _Runs())
 
     def _take_in(self, segment: Segment) -> None:
-        """A segment of another run, or of one before; the blocks already known are passed over."""
-        objects = read_segment_table(
-            self.store, segment.objects, segment.objects_sha256, ("path", "shard", "size_bytes")
-        )
-        for path, (shards, sizes) in object_sizes(objects).items():
-            self._sizes.setdefault(path, _Sizes()).put(shards, sizes)
-        table = read_segment_table(self.store, segment.statistics, segment.statistics_sha256)
-        columns = ("split", "block", "site", "sites", "n_sequences")
-        fresh: dict[tuple[str, str], dict[int, int]] = {}
-        for i, (split, block, site, sites, n) in enumerate(
-            zip(*(table[c].to_pylist() for c in columns), strict=True)
-        ):
-            self._compacted.add(record_key(split, block, sites.split(",")))
-            self._n_sequences[split][block] = n
-            if block not in self._runs_of(split, site).blocks:
-                fresh.setdefault((split, site), {}).setdefault(block, i)
-        for (split, site), row_of in fresh.items():
-            for blocks in _unbroken(sorted(row_of)):
-                parts = table.take([row_of[block] for block in blocks])
-                self._runs_of(split, site).add(blocks[0], tallies(parts))
-        self._segments.add(segment.statistics)
+        """A segment of another run, or of one before."""
+        for part in segment.objects:
+            if part.key not in self._sized:
+                self._sized.add(part.key)
+                file = open_segment_file(self.store, segment, part)
+                sizes = object_sizes(file.read(("path", "shard", "size_bytes"), encoded=True))
+                for path, (shards, bytes_N) in sizes.items():
+                    self._sizes.setdefault(path, _Sizes()).put(shards, bytes_N)
+        for split, sites, block, n_sequences in segment_records(self.store, segment):
+            self._known.add(record_key(split, block, sites.split(",")))
+            self._n_sequences[split][block] = n_sequences
+        table = segment_statistics(self.store, segment)
+        names = zip(*(table[c].to_pylist() for c in ("split", "site", "block", "n_blocks")), strict=True)
+        for i in range(0, len(table), _TAKE):
+            for tally, (split, site, block, n_blocks) in zip(
+                tallies(table.slice(i, _TAKE)), names, strict=False
+            ):
+                runs = self._runs_of(split, site)
+                if block not in runs:  # format 1 may state a block twice
+                    runs.add(range(block, block + n_blocks), tally)
 
 
 class _Runs:
@@ -281,11 +287,19 @@ class _Runs:
     """
 
     def __init__(self) -> None:
-        self.blocks: set[int] = set()
+        self._first: list[int] = []
+        """First block of each run, sorted."""
         self._run: dict[int, tuple[int, Tally]] = {}
         """By first block: one past the last, and the tally of all."""
-        self._first: dict[int, int] = {}
-        """First block by one past the last."""
+
+    def __contains__(self, block: int) -> bool:
+        i = bisect_right(self._first, block)
+        return i > 0 and block < self._run[self._first[i - 1]][0]
+
+    @property
+    def ranges(self) -> list[range]:
+        """The runs, in order."""
+        return [range(first, self._run[first][0]) for first in self._first]
 
     @property
     def prefix(self) -> int:
@@ -297,19 +311,30 @@ class _Runs:
         """Of the blocks of the prefix; None if there is none."""
         return self._run[0][1] if 0 in self._run else None
 
-    def add(self, first: int, parts: Sequence[Tally]) -> None:
-        """Take in blocks first, first + 1, ..., none of which is known."""
-        last = first + len(parts)
-        self.blocks.update(range(first, last))
-        parts = list(parts)
-        if last in self._run:
-            end, after = self._run.pop(last)
-            parts, last = [*parts, after], end
-        if first in self._first:
-            first = self._first.pop(first)
-            parts = [self._run.pop(first)[1], *parts]
+    def add(self, blocks: range, tally: Tally) -> None:
+        """Take in a run of blocks.
+
+        Raises:
+            FormatError: one of them is known.
+        """
+        i = bisect_right(self._first, blocks.start)
+        before = self._first[i - 1] if i else None
+        after = self._first[i] if i < len(self._first) else None
+        if blocks.start in self or (after is not None and after < blocks.stop):
+            raise FormatError(
+                f"blocks {blocks.start}..{blocks.stop - 1} are stated twice; the segments are damaged"
+            )
+        first, last, parts = blocks.start, blocks.stop, [tally]
+        if after == last:
+            last, tally = self._run.pop(after)
+            parts.append(tally)
+            del self._first[i]
+        if before is not None and self._run[before][0] == first:
+            first = before
+            parts.insert(0, self._run[before][1])
+        else:
+            self._first.insert(i, first)
         self._run[first] = last, merge_tallies(parts)
-        self._first[last] = first
 
 
 class _Sizes:
@@ -329,20 +354,12 @@ class _Sizes:
         self._bytes[shard] = size_bytes
 
     def total(self, n: int) -> int:
-        """Bytes of shards 0..n-1; n never falls."""
-        assert n >= self._n
+        """Bytes of shards 0..n-1."""
+        if n < self._n:
+            self._n = self._sum = 0
         self._sum += int(self._bytes[self._n : n].sum())
         self._n = n
         return self._sum
-
-
-def _unbroken(blocks: Sequence[int]) -> Iterator[Sequence[int]]:
-    """Cut sorted numbers into runs without a gap, of at most `_TAKE` each."""
-    first = 0
-    for i in range(1, len(blocks) + 1):
-        if i == len(blocks) or blocks[i] != blocks[i - 1] + 1 or i - first == _TAKE:
-            yield blocks[first:i]
-            first = i
 
 
 def _holds(

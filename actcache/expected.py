@@ -321,6 +321,6 @@ def _objects(
     if manifest is None:
         once += 1 + 1 + len(SPLITS) * (1 + len(by_row) + len(BY_SEQUENCE))  # _identity.json; groups, arrays
     rewritten = grow * (versions - (manifest is None))
-    once += 3 * versions  # manifest and two files of a segment
+    once += 4 * versions  # manifest and three files of a segment
     lease = 1  # and its renewals, six a minute, which are not counted
     return new + once, put + once + rewritten + lease

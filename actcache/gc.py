@@ -21,10 +21,10 @@ from .manifest import (
     Manifest,
     latest_version,
     read_manifest,
-    read_segment_table,
     record_key,
 )
 from .progress import Progress
+from .segment_files import open_segment_file, segment_records
 from .store import Listed, Store, open_store
 
 KEEP = 10
@@ -34,7 +34,7 @@ _SPLIT, _SITE = "|".join(SPLITS), r"[A-Za-z0-9_.:\-]+"
 _LAYOUT = {
     "manifest": r"_manifest/(?P<version>\d{8})\.json",
     "record": rf"_records/({_SPLIT})/\d{{8,}}-[0-9a-f]{{12}}\.json",
-    "segment": r"_segments/[0-9a-f]{16}-(objects|statistics)\.parquet",
+    "segment": r"_segments/[0-9a-f]{16}-(records|statistics|objects)\.parquet",
     "shard": rf"(?P<path>({_SPLIT})(/{_SITE}){{1,2}})/c/(?P<shard>\d+)(/0)?",
     "calibration": rf"_calibration/{_SITE}",
     "probe": r"_gc/[0-9a-f]{32}",
@@ -166,20 +166,20 @@ class _Named:
     """What the kept manifest versions and the loose records name."""
 
     def __init__(self, store: Store, kept: Sequence[Manifest], record_keys: Iterable[str]) -> None:
-        segments = {s.objects: s for manifest in kept for s in manifest.segments}
-        self.segments = {key for s in segments.values() for key in (s.objects, s.statistics)}
+        segments = {s.statistics: s for manifest in kept for s in manifest.segments}
+        self.segments = {file.key for s in segments.values() for file in s.files}
         self.sites = {site for manifest in kept for site in manifest.sites}
         self.places: set[tuple[str, int]] = set()
         """(path of the array, number of the shard)."""
         for s in segments.values():
-            table = read_segment_table(store, s.objects, s.objects_sha256, ("path", "shard"))
-            self.places |= set(zip(table["path"].to_pylist(), table["shard"].to_pylist(), strict=True))
-        self.held = set()
-        for s in kept[-1].segments:
-            names = ("split", "block", "sites")
-            table = read_segment_table(store, s.statistics, s.statistics_sha256, names)
-            columns = zip(*(table[name].to_pylist() for name in names), strict=True)
-            self.held |= {record_key(split, block, sites.split(",")) for split, block, sites in columns}
+            for part in s.objects:
+                table = open_segment_file(store, s, part).read(("path", "shard"))
+                self.places |= set(zip(table["path"].to_pylist(), table["shard"].to_pylist(), strict=True))
+        self.held = {
+            record_key(split, block, sites.split(","))
+            for s in kept[-1].segments
+            for split, sites, block, _ in segment_records(store, s)
+        }
         self.loose = set(record_keys) - self.held
         for key in sorted(self.loose):
             record = BlockRecord.from_json(store.read(key), key)

@@ -160,8 +160,8 @@ def _objects(dataset: Dataset) -> Iterator[tuple[str, int | None]]:
         for key in calibration_keys(dataset._shared.store, site):
             yield key, None
     for segment in manifest.segments:
-        yield segment.objects, None
-        yield segment.statistics, None
+        for file in segment.files:
+            yield file.key, None
 
 
 def dataset_card(dataset: Dataset) -> str:

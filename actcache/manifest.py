@@ -6,39 +6,31 @@ created, never changed. Specified in docs/format.md, "Manifest".
 """
 
 import base64
-import hashlib
-import io
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from .codec import Precision
-from .errors import RESTORE, Conflict, CorruptObject, FormatError, NotADataset
+from .errors import Conflict, CorruptObject, FormatError, NotADataset
 from .spec import FORMAT, canonical_json, digest
 from .statistics import Statistics
 from .store import Store
-from .untrusted import (
-    MAX_JSON_BYTES,
-    MAX_SEGMENT_BYTES,
-    ParquetFile,
-    check_manifest,
-    load_json,
-    read_whole,
-)
+from .untrusted import MAX_JSON_BYTES, check_manifest, load_json, read_whole
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 
+STATISTIC_ARRAYS = {"_D": np.dtype("<f8"), "_K": np.dtype("<i8")}
+"""Dtype of a statistic that is an array, by the end of its name."""
 MAX_SHARDS = 1 << 24
+MANIFEST_FORMAT = 2
+"""Of manifests and their segments; all else has `spec.FORMAT`. 1 is read, and continued as 2."""
 _READ_THREADS = 16
 
 
@@ -156,8 +148,8 @@ def record_key(split: str, block: int, sites: Iterable[str]) -> str:
     return f"_records/{split}/{block:08d}-{digest(sorted(sites))[:12]}.json"
 
 
-def read_records(store: Store, known: Collection[str] = ()) -> list[BlockRecord]:
-    """Every record in the store whose key is not among `known`: one listing, then concurrent reads.
+def read_records(store: Store, known: Collection[str] = ()) -> Iterator[BlockRecord]:
+    """Every record in the store whose key is not among `known`: one listing, then some reads at a time.
 
     A damaged one is left out, with a warning: its block counts as missing, and whoever computes it
     again replaces the record.
@@ -174,158 +166,56 @@ def read_records(store: Store, known: Collection[str] = ()) -> list[BlockRecord]
         return None
 
     with ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="records") as pool:
-        return [record for record in pool.map(read, keys) if record is not None]
+        for i in range(0, len(keys), _READ_THREADS):
+            yield from (record for record in pool.map(read, keys[i : i + _READ_THREADS]) if record)
 
 
-# Segments
+# Manifest versions
 
-OBJECTS = pa.schema(
-    [
-        ("split", pa.string()),
-        ("block", pa.int64()),
-        ("sites", pa.string()),
-        ("path", pa.string()),
-        ("shard", pa.int64()),
-        ("size_bytes", pa.int64()),
-        ("chunk_offset", pa.list_(pa.int64())),
-        ("chunk_nbytes", pa.list_(pa.int64())),
-        ("chunk_crc32c", pa.list_(pa.uint32())),
-        ("constant", pa.float64()),
-    ]
-)
-STATISTIC_ARRAYS = {"_D": np.dtype("<f8"), "_K": np.dtype("<i8")}
-"""Dtype of a statistic that is an array, by the end of its name."""
-STATISTICS = pa.schema(
-    [("split", pa.string()), ("block", pa.int64()), ("site", pa.string()), ("sites", pa.string())]
-    + [("n_sequences", pa.int64())]
-    + [
-        (
-            f.name,
-            pa.binary() if f.name[-2:] in STATISTIC_ARRAYS else pa.int64() if f.type is int else pa.float64(),
-        )
-        for f in fields(Statistics)
-    ]
-)
+
+@dataclass(frozen=True)
+class File:
+    """A Parquet file of a segment, named by its content."""
+
+    key: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Part(File):
+    """A part of a segment's `objects`: the rows of the paths from `first` to `last`."""
+
+    first: str
+    last: str
+
+    def has(self, path: str) -> bool:
+        """Whether rows of this array may be in it."""
+        return self.first <= path <= self.last
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The keys and digests of a segment's two parquet files."""
+    """Compacted records, as Parquet files (`actcache.segment_files`)."""
 
-    objects: str
-    statistics: str
-    objects_sha256: str
-    statistics_sha256: str
     n_records: int
+    records: File | None
+    """None in a manifest of format 1, whose two files hold the records too."""
+    statistics: File
+    objects: tuple[Part, ...]
 
+    @property
+    def files(self) -> tuple[File, ...]:
+        """All of them."""
+        return (*([self.records] if self.records else []), self.statistics, *self.objects)
 
-_GROUP_ROWS = 256
-"""A row group of `objects` ends where a path does, once it has so many rows: a reader decodes the arrays
-that it wants, and what a group costs (some 2 kB) stays a few percent of it."""
-
-
-_ENCODING: dict[str, dict[str, Any]] = {
-    "objects": {
-        # no dictionaries of what hardly repeats: 30 % fewer bytes
-        "use_dictionary": ["split", "sites", "path", "constant"],
-        "column_encoding": {
-            f"{name}.list.element": "DELTA_BINARY_PACKED" for name in ("chunk_offset", "chunk_nbytes")
-        },
-    },
-    "statistics": {},
-}
-
-
-def store_segment(store: Store, objects: pa.Table, statistics: pa.Table, n_records: int) -> Segment:
-    """Create the two files of a segment. `objects` are sorted by path and shard."""
-    keys, digests = [], []
-    for kind, table in (("objects", objects), ("statistics", statistics)):
-        ends = _group_ends(table["path"]) if kind == "objects" else [len(table)]
-        sink = io.BytesIO()
-        with pq.ParquetWriter(sink, table.schema, compression="zstd", **_ENCODING[kind]) as writer:
-            for begin, end in zip([0, *ends], ends, strict=False):
-                writer.write_table(table.slice(begin, end - begin))
-        data = sink.getvalue()
-        digests.append(hashlib.sha256(data).hexdigest())
-        keys.append(f"_segments/{digests[-1][:16]}-{kind}.parquet")
-        store.create(keys[-1], data)
-    return Segment(keys[0], keys[1], digests[0], digests[1], n_records)
-
-
-def _group_ends(path: pa.ChunkedArray) -> list[int]:
-    """Where the row groups of `objects` end, given its sorted paths."""
-    path_N = path.combine_chunks().dictionary_encode().indices.to_numpy()
-    ends = [0]
-    for end in [*(np.flatnonzero(np.diff(path_N)) + 1).tolist(), len(path_N)]:
-        if end - ends[-1] >= _GROUP_ROWS or end == len(path_N):
-            ends.append(end)
-    return ends[1:]
-
-
-def read_segment(store: Store, key: str, sha256: str) -> ParquetFile:
-    """One parquet file of a segment, digest verified; nothing of it is decoded yet."""
-    if not re.fullmatch(r"_segments/[0-9a-f]{16}-(objects|statistics)\.parquet", key):
-        raise FormatError(f"{store.url}: segment key {key[:80]!r} is not one that this format writes")
-    data = _read_committed(store, key)
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise CorruptObject(f"{store.url}/{key} does not match its sha256; {RESTORE}")
-    return ParquetFile(data, OBJECTS if "-objects." in key else STATISTICS, f"{store.url}/{key}")
-
-
-def read_segment_table(store: Store, key: str, sha256: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """One parquet file of a segment decoded (all columns unless told), digest verified."""
-    return read_segment(store, key, sha256).read(columns)
-
-
-@dataclass(frozen=True, eq=False)
-class ShardTable:
-    """Where every chunk of one array lies, as numpy arrays over its shards."""
-
-    path: str
-    size_bytes: np.ndarray
-    """int64 [shards]."""
-    chunk_offset: np.ndarray
-    """int32 [shards, chunks per shard]; int64 if a shard has 2^31 bytes or more."""
-    chunk_nbytes: np.ndarray
-    """As `chunk_offset`."""
-    chunk_crc32c: np.ndarray
-    """uint32 [shards, chunks per shard]."""
-    constant: np.ndarray
-    """float64 [shards], NaN where the shard is not constant."""
-
-
-def statistics_of(table: pa.Table, split: str, site: str, n_blocks: int) -> list[Statistics]:
-    """The statistics of a site's first `n_blocks` blocks, in block order, from a segment table."""
-    chosen = pc.and_(
-        pc.and_(pc.equal(table["split"], split), pc.equal(table["site"], site)),
-        pc.less(table["block"], n_blocks),
-    )
-    by_block = {row["block"]: row for row in table.filter(chosen).to_pylist()}
-    if sorted(by_block) != list(range(len(by_block))) or len(by_block) != n_blocks:
-        raise FormatError(
-            f"the manifest lists statistics of {len(by_block)} blocks of {split}/{site}, wanted {n_blocks}"
-        )
-    try:
-        return [statistics_row(row) for _, row in sorted(by_block.items())]
-    except ValueError as err:
-        raise FormatError(f"the statistics of {split}/{site} are damaged: {err}") from err
-
-
-def statistics_row(row: Mapping[str, Any]) -> Statistics:
-    """The Statistics in one row of a segment table."""
-    values: dict[str, Any] = {
-        f.name: np.frombuffer(row[f.name], dtype)
-        if (dtype := STATISTIC_ARRAYS.get(f.name[-2:]))
-        else row[f.name]
-        for f in fields(Statistics)
-    }
-    for end in STATISTIC_ARRAYS:
-        if len({len(value) for name, value in values.items() if name.endswith(end)}) != 1:
-            raise ValueError("arrays of different lengths")
-    return Statistics(**values)
-
-
-# Manifest versions
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], manifest_format: int) -> "Segment":
+        """What `check_manifest` has passed."""
+        if manifest_format == 1:
+            statistics, objects = ((value[k], value[f"{k}_sha256"]) for k in ("statistics", "objects"))
+            return cls(value["n_records"], None, File(*statistics), (Part(*objects, "", chr(0x10FFFF)),))
+        parts = tuple(Part(**part) for part in value["objects"])
+        return cls(value["n_records"], File(**value["records"]), File(**value["statistics"]), parts)
 
 
 @dataclass(frozen=True)
@@ -368,7 +258,7 @@ class Manifest:
         return manifest_key(self.version)
 
     def to_json(self) -> bytes:
-        value = {"format": FORMAT, **asdict(self)}
+        value = {"format": MANIFEST_FORMAT, **asdict(self)}
         value["digest"] = digest(value)
         return canonical_json(value).encode()
 
@@ -426,19 +316,19 @@ def read_manifest(store: Store, version: int | None = None) -> Manifest:
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """Check and parse the bytes of a manifest; nothing in it is trusted before its shape is checked."""
-    value = parse_digested(data, where, "restore it from a copy, or pin an older version")
-    value.pop("format")
+    value = parse_digested(data, where, "restore it from a copy, or pin an older version", MANIFEST_FORMAT)
+    found = value.pop("format")
     try:
-        check_manifest(value, SPLITS)
+        check_manifest(value, SPLITS, found)
         value["sites"] = {_checked_site(s): SiteExtent(**e) for s, e in value["sites"].items()}
-        value["segments"] = tuple(Segment(**s) for s in value["segments"])
+        value["segments"] = tuple(Segment.from_json(s, found) for s in value["segments"])
         manifest = Manifest(**value)
         if manifest.id != digest(manifest.identity):
             raise ValueError("the id is not the digest of the identity")
         Precision.parse(manifest.identity["precision"])
     except (TypeError, KeyError, ValueError, AttributeError) as err:
         what = f"it lacks {err}" if isinstance(err, KeyError) else str(err)
-        raise FormatError(f"{where} is not a manifest of format {FORMAT}: {what}") from err
+        raise FormatError(f"{where} is not a manifest of format {found}: {what}") from err
     return manifest
 
 
@@ -451,7 +341,7 @@ def commit_manifest(store: Store, manifest: Manifest) -> bool:
     return True
 
 
-def parse_digested(data: bytes, where: str, remedy: str) -> dict[str, Any]:
+def parse_digested(data: bytes, where: str, remedy: str, known: int = FORMAT) -> dict[str, Any]:
     """The JSON object in `data` without its `digest`, which must be that of the rest.
 
     Raises:
@@ -459,7 +349,7 @@ def parse_digested(data: bytes, where: str, remedy: str) -> dict[str, Any]:
         CorruptObject: not JSON, or not as its digest says.
     """
     value = load_json(data, where, remedy)
-    check_format(value, where)
+    check_format(value, where, known)
     try:
         canonical = canonical_json(value).encode()
     except ValueError as err:
@@ -470,26 +360,19 @@ def parse_digested(data: bytes, where: str, remedy: str) -> dict[str, Any]:
     return cast(dict[str, Any], value)
 
 
-def check_format(value: Any, where: str) -> None:
-    """Refuse what is not an object of a format this version reads."""
+def check_format(value: Any, where: str, known: int = FORMAT) -> None:
+    """Refuse what is not an object of a format from 1 to `known`."""
     found = value.get("format") if isinstance(value, dict) else None
     if type(found) is not int:
         raise FormatError(f"{where} states no format version; it is not an actcache object")
-    if not 1 <= found <= FORMAT:
-        raise FormatError(f"{where} holds format {found}; this reader knows 1-{FORMAT}. Upgrade actcache")
+    if not 1 <= found <= known:
+        raise FormatError(f"{where} holds format {found}; this reader knows 1-{known}. Upgrade actcache")
 
 
 def _checked_site(site: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_.:\-]+", site) or set(site) <= {"."} or site.startswith("__"):
         raise ValueError(f"site name {site!r}")
     return site
-
-
-def _read_committed(store: Store, key: str) -> bytes:
-    try:
-        return read_whole(store, key, MAX_SEGMENT_BYTES)
-    except FileNotFoundError:
-        raise CorruptObject(f"{store.url}/{key} is missing although it was committed; {RESTORE}") from None
 
 
 def _statistics_json(statistics: Statistics) -> dict[str, Any]:

@@ -5,7 +5,7 @@ All is read when it is first asked for. Shapes: N rows, D = d_in.
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from typing import Any
@@ -15,15 +15,22 @@ import pyarrow as pa
 
 from .codec import Calibration, Precision, decode, decode_components
 from .corpus import TokenStore, open_tokens
-from .errors import CorruptObject, ForkedProcess, FormatError, NotADataset
+from .errors import RESTORE, CorruptObject, ForkedProcess, FormatError, NotADataset
 from .layout import array_layout, n_shards, read_calibration
-from .manifest import OBJECTS, STATISTICS, Manifest, read_manifest, read_segment
+from .manifest import Manifest, Part, Segment, read_manifest
+from .segment_files import (
+    OBJECTS,
+    STATISTICS,
+    RecordName,
+    open_segment_file,
+    segment_records,
+    segment_statistics,
+)
 from .spec import digest
 from .store import Store, open_store
 from .tables import SegmentObjects, Tables
-from .untrusted import ParquetFile
 
-_SEGMENT_THREADS = 3  # as many as a complete version has segments
+_SEGMENT_THREADS = 8  # a complete version has three segments, each of some files
 
 
 class Opened:
@@ -38,7 +45,10 @@ class Opened:
         self.precision = Precision.parse(manifest.identity["precision"])
         self.calibration = lru_cache(maxsize=None)(self._calibration)
         self.tables = lru_cache(maxsize=None)(self._tables)
+        self.sequence_ends = lru_cache(maxsize=None)(self._sequence_ends)
         self._table_lock = threading.Lock()
+        self._opened: dict[str, SegmentObjects] = {}
+        """By key of the part."""
 
     def check_process(self) -> None:
         """Refuse to go on in a forked child: threads and connections stayed behind, and it would hang.
@@ -61,13 +71,31 @@ class Opened:
     def objects(self) -> pa.Table:
         """path, shard and size_bytes of every object that the segments name."""
         columns = ("path", "shard", "size_bytes")
-        tables = [file.read(columns) for file in self._read("objects")]
-        return pa.concat_tables([OBJECTS.empty_table().select(columns), *tables])
+        files = self._each(lambda part: open_segment_file(self.store, *part).read(columns), self._parts)
+        return pa.concat_tables([OBJECTS.empty_table().select(columns), *files])
 
     @cached_property
     def statistics(self) -> pa.Table:
-        tables = [file.read() for file in self._read("statistics")]
+        """Of all segments; schema `STATISTICS`."""
+        tables = self._each(lambda s: segment_statistics(self.store, s), self.manifest.segments)
         return pa.concat_tables([STATISTICS.empty_table(), *tables])
+
+    @cached_property
+    def records(self) -> list[RecordName]:
+        """Of all segments."""
+        found = self._each(lambda s: segment_records(self.store, s), self.manifest.segments)
+        return [record for records in found for record in records]
+
+    def _sequence_ends(self, split: str) -> np.ndarray:
+        """Sequences of a split that its blocks up to each one come from: int64 [blocks]."""
+        size = self.manifest.splits[split]
+        of_block = {block: n for named, _, block, n in self.records if named == split}
+        ends = [of_block.get(block, -1) for block in range(size["n_blocks"])]
+        if ends and (ends[-1] != size["n_sequences"] or min(ends) < 0 or sorted(ends) != ends):
+            raise FormatError(
+                f"{self.store.url}: the records of {split} do not lead to its sequences; {RESTORE}"
+            )
+        return np.array(ends, np.int64)
 
     @cached_property
     def tokens(self) -> TokenStore:
@@ -87,20 +115,25 @@ class Opened:
     def _tables(self, split: str) -> Tables:
         """The chunk tables of a split, read and decoded when they are asked for."""
         counts = n_shards(self.manifest, split)
-        return Tables(
-            split, counts, self.layout, lambda: self._segment_objects, self._table_lock, self.store.url
-        )
+        return Tables(split, counts, self.layout, self._parts_of, self._table_lock, self.store.url)
 
     @cached_property
-    def _segment_objects(self) -> list[SegmentObjects]:
-        return [SegmentObjects(file) for file in self._read("objects")]
+    def _parts(self) -> list[tuple[Segment, Part]]:
+        return [(segment, part) for segment in self.manifest.segments for part in segment.objects]
 
-    def _read(self, kind: str) -> list[ParquetFile]:
-        """One file of each segment, digests verified; nothing of them is decoded yet."""
-        files = [(getattr(s, kind), getattr(s, f"{kind}_sha256")) for s in self.manifest.segments]
+    def _parts_of(self, path: str) -> list[SegmentObjects]:
+        """The parts that may have rows of an array; each is read once."""
+        wanted = [(segment, part) for segment, part in self._parts if part.has(path)]
+        new = [(segment, part) for segment, part in wanted if part.key not in self._opened]
+        files = self._each(lambda part: open_segment_file(self.store, *part), new)
+        self._opened |= {p.key: SegmentObjects(f) for (_, p), f in zip(new, files, strict=True)}
+        return [self._opened[part.key] for _, part in wanted]
+
+    def _each(self, read: Callable[[Any], Any], of: Sequence[Any]) -> list[Any]:
+        """What is read of each of some segments or parts, side by side; digests are verified."""
         try:
             with ThreadPoolExecutor(_SEGMENT_THREADS, thread_name_prefix="actcache-segments") as pool:
-                return list(pool.map(lambda file: read_segment(self.store, *file), files))
+                return list(pool.map(read, of))
         except CorruptObject:
             read_manifest(self.store, self.manifest.version)  # says so if gc removed the pinned version
             raise

@@ -13,7 +13,6 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 
 from .cache import DEFAULT_CACHE_BYTES, Cache, CachedStore
 from .chunks import ChunkReader, Request
@@ -21,14 +20,11 @@ from .corpus import kept_tokens
 from .errors import SpecError
 from .filters import Where
 from .layout import site_rows
-from .manifest import (
-    Manifest,
-    read_manifest,
-    statistics_of,
-)
+from .manifest import Manifest, read_manifest
 from .opened import Opened
 from .order import DEFAULT_LANES
 from .packing import document_places, position_ids
+from .segment_files import statistics_of
 from .spec import nearest
 from .statistics import merge
 from .store import open_store
@@ -40,7 +36,6 @@ Places = slice | np.ndarray
 """Rows of a result or of a chunk."""
 
 _FETCH_THREADS = 4
-_SEGMENT_THREADS = 3  # as many as a complete version has segments
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +219,7 @@ class Dataset:
         parts = statistics_of(self._shared.statistics, self.split_name, site, n_blocks)
         if not parts:
             raise SpecError(f"{self.url} holds no rows of {site} in split {self.split_name}")
-        summary = merge(parts).summary()
+        summary = merge([statistics for _, statistics in parts]).summary()
         tables = [t for path, t in self._tables.items() if path.startswith(f"{self.split_name}/{site}/")]
         stored = int(sum(t.size_bytes.sum() for t in tables))
         values = summary["n_rows"] * self.d_in(site)
@@ -318,11 +313,9 @@ class Dataset:
 
     def _rows_of_sequence(self, sequence: int) -> np.ndarray:
         """Which rows a sequence has, ascending."""
-        of_split = self._shared.statistics.filter(pc.equal(self._shared.statistics["split"], self.split_name))
-        block_K, last_K = np.unique(of_split["block"].to_numpy(), return_index=True)
-        n_sequences_K = of_split["n_sequences"].to_numpy()[last_K]
+        n_sequences_K = self._shared.sequence_ends(self.split_name)
         first = int(np.searchsorted(n_sequences_K, sequence, side="right"))
-        goes_on = first + 1 < len(block_K) and n_sequences_K[first] == sequence + 1
+        goes_on = first + 1 < len(n_sequences_K) and n_sequences_K[first] == sequence + 1
         block_rows = self.manifest.identity["block_rows"]
         rows = np.arange(
             first * block_rows, min((first + (2 if goes_on else 1)) * block_rows, self.n_rows), dtype=np.int64

@@ -1,34 +1,39 @@
-"""Writing and merging segments, so that a version lists few of them, and what a driver takes out of them.
+"""Which segments a version lists: new ones written, old ones merged; and what a driver takes out of them.
 
 A driver gets the records of its own workers as the rows of segments that they will be (`RecordRows`): nothing
 is parsed. Those of earlier runs and other drivers it parses from the store. A merged segment is a new object; the old
 ones stay for the versions that list them. Specified in docs/format.md, "Segments".
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import heapq
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from .errors import FormatError
-from .manifest import (
-    MAX_SHARDS,
+from .manifest import MAX_SHARDS, BlockRecord, ObjectRecord, Segment, record_key
+from .segment_files import (
     OBJECTS,
-    STATISTIC_ARRAYS,
+    RECORDS,
     STATISTICS,
-    BlockRecord,
-    ObjectRecord,
-    Segment,
-    read_segment_table,
-    record_key,
-    statistic_bytes,
+    RecordName,
+    encoded,
+    open_segment_file,
+    segment_records,
+    segment_statistics,
+    statistics_row,
     store_segment,
 )
 from .statistics import Tally
 from .store import Store
+from .tables import SegmentObjects
 
 FAN_IN = 8
 """Segments of one tier that become one of the next: at most 7 a tier, and each record is rewritten
@@ -46,33 +51,37 @@ class RecordRows:
     Of a record of 32 sites (d 2304) a driver parsed 4 MB of JSON in 90 ms; these rows it only passes on.
     """
 
-    objects: pa.RecordBatch
-    """Of schema `OBJECTS`, in the record's order."""
+    record: pa.RecordBatch
+    """Of schema `RECORDS`, one row."""
     statistics: pa.RecordBatch
     """Of schema `STATISTICS`, a row a site, sorted."""
+    objects: pa.RecordBatch
+    """Of schema `OBJECTS`, in the record's order."""
 
     @classmethod
     def of(cls, record: BlockRecord) -> "RecordRows":
         """The rows of a record."""
-        sites = ",".join(sorted(record.statistics))
-        named = {"split": record.split, "block": record.block, "sites": sites}
-        columns = {name: [value] * len(record.objects) for name, value in named.items()}
-        columns |= {f.name: [getattr(o, f.name) for o in record.objects] for f in fields(ObjectRecord)}
-        statistics = []
-        for site, found in sorted(record.statistics.items()):
-            row = {**named, "site": site, "n_sequences": record.n_sequences}
-            for f in fields(found):
-                value = getattr(found, f.name)
-                row[f.name] = statistic_bytes(f.name, value) if f.name[-2:] in STATISTIC_ARRAYS else value
-            statistics.append(row)
+        name = (record.split, ",".join(sorted(record.statistics)), record.block, record.n_sequences)
+        blocks = range(record.block, record.block + 1)
+        statistics = [
+            statistics_row(record.split, site, blocks, s) for site, s in sorted(record.statistics.items())
+        ]
+        columns: dict[str, list[Any]] = {
+            f.name: [getattr(o, f.name) for o in record.objects] for f in fields(ObjectRecord)
+        }
+        for column in ("chunk_offset", "chunk_nbytes", "chunk_crc32c"):
+            # nobody reads a shard that is one value
+            columns[column] = [() if o.constant is not None else getattr(o, column) for o in record.objects]
         return cls(
-            pa.RecordBatch.from_pydict(columns, OBJECTS), pa.RecordBatch.from_pylist(statistics, STATISTICS)
+            pa.RecordBatch.from_pylist([dict(zip(RECORDS.names, name, strict=True))], RECORDS),
+            pa.RecordBatch.from_pylist(statistics, STATISTICS),
+            pa.RecordBatch.from_pydict(columns, OBJECTS),
         )
 
     def pack(self) -> bytes:
-        """Bytes for `unpack`: two Arrow streams. Of one run and its workers only; never stored."""
+        """Bytes for `unpack`: Arrow streams. Of one run and its workers only; never stored."""
         sink = pa.BufferOutputStream()
-        for batch in (self.objects, self.statistics):
+        for batch in (self.record, self.statistics, self.objects):
             with pa.ipc.new_stream(sink, batch.schema) as stream:
                 stream.write_batch(batch)
         return bytes(sink.getvalue().to_pybytes())
@@ -81,30 +90,41 @@ class RecordRows:
     def unpack(cls, data: bytes) -> "RecordRows":
         """What was packed; nothing is copied."""
         source = pa.BufferReader(data)
-        objects, statistics = (pa.ipc.open_stream(source).read_all().to_batches()[0] for _ in range(2))
-        return cls(objects, statistics)
+        return cls(*(pa.ipc.open_stream(source).read_all().to_batches()[0] for _ in range(3)))
+
+    def stating(self, sites: Collection[str]) -> "RecordRows":
+        """The same with statistics of some of its sites only: the others are stated elsewhere."""
+        chosen = pc.is_in(self.statistics["site"], pa.array(sorted(sites), pa.string()))
+        return replace(self, statistics=self.statistics.filter(chosen))
+
+    @cached_property
+    def name(self) -> RecordName:
+        """As a segment has it."""
+        row = self.record.to_pylist()[0]
+        return row["split"], row["sites"], row["block"], row["n_sequences"]
 
     @cached_property
     def key(self) -> str:
         """Where the record is stored."""
-        return record_key(self.split, self.block, self.statistics["site"].to_pylist())
+        split, sites, block, _ = self.name
+        return record_key(split, block, sites.split(","))
 
     @property
     def split(self) -> str:
-        return str(self.statistics["split"][0])
+        return self.name[0]
 
     @property
     def block(self) -> int:
-        return int(self.statistics["block"][0].as_py())
-
-    @property
-    def n_rows(self) -> int:
-        return int(self.statistics["n_rows"][0].as_py())
+        return self.name[2]
 
     @property
     def n_sequences(self) -> int:
         """Sequences of the split needed for this block and all before it."""
-        return int(self.statistics["n_sequences"][0].as_py())
+        return self.name[3]
+
+    @property
+    def n_rows(self) -> int:
+        return int(self.statistics["n_rows"][0].as_py())
 
     @property
     def nbytes(self) -> int:
@@ -126,17 +146,27 @@ class RecordRows:
 
 
 def write_segment(store: Store, records: Sequence[RecordRows]) -> Segment:
-    """Compact records into two immutable parquet files, named by their content."""
-    ordered = sorted(records, key=lambda r: r.key)
-    objects = pa.Table.from_batches([r.objects for r in ordered]).combine_chunks()
-    statistics = pa.Table.from_batches([r.statistics for r in ordered]).combine_chunks()
-    objects = objects.sort_by([("path", "ascending"), ("shard", "ascending")])
-    return store_segment(store, objects, statistics, len(records))
+    """Compact records into immutable Parquet files, named by their content.
+
+    No two of them state statistics of one block and site.
+    """
+    rows: dict[str, list[pa.RecordBatch]] = {}
+    for record in records:
+        for i, path in enumerate(record.objects["path"].to_pylist()):
+            rows.setdefault(path, []).append(record.objects.slice(i, 1))
+    # array by array: to combine all of them takes several times as long, in memory that is new
+    arrays = (_once(pa.Table.from_batches(found).combine_chunks()) for _, found in sorted(rows.items()))
+    return store_segment(store, [r.name for r in records], [r.statistics for r in records], arrays)
 
 
 def compact(store: Store, segments: Sequence[Segment], *, complete: bool) -> list[Segment]:
-    """The segments of a version: merged in tiers, and to `COMPLETE_SEGMENTS` in a complete one."""
+    """The segments of a version: merged in tiers, and to `COMPLETE_SEGMENTS` in a complete one.
+
+    Those of a manifest of format 1 become one of now.
+    """
     kept = list(segments)
+    if old := [s for s in kept if s.records is None]:
+        kept = [s for s in kept if s.records is not None] + [merge_segments(store, old)]
     while True:
         tiers: dict[int, list[Segment]] = {}
         for segment in kept:
@@ -157,29 +187,32 @@ def merge_segments(store: Store, segments: Sequence[Segment]) -> Segment:
 
     The old ones stay, for the versions that list them.
     """
-    objects, statistics = (
-        pa.concat_tables(
-            read_segment_table(store, getattr(s, kind), getattr(s, f"{kind}_sha256")) for s in segments
-        )
-        for kind in ("objects", "statistics")
-    )
-    objects = _once(objects, ("path",), "shard")
-    statistics = _once(statistics, ("split", "sites", "site"), "block")
-    records = _once(statistics, ("split", "sites"), "block")
-    return store_segment(store, objects, statistics, len(records))
+    records = {name for s in segments for name in segment_records(store, s)}
+    statistics = [batch for s in segments for batch in segment_statistics(store, s).to_batches()]
+    return store_segment(store, records, statistics, _arrays(store, segments))
 
 
-def _once(table: pa.Table, names: Sequence[str], number: str) -> pa.Table:
-    """The first row of each (names, number), sorted by them."""
-    number_N = table[number].to_numpy()
-    name_N = np.zeros(len(table), np.int64)
-    for column in names:
-        encoded = table[column].combine_chunks().dictionary_encode()
-        rank = np.argsort(np.argsort(encoded.dictionary.to_numpy(zero_copy_only=False)))
-        name_N = name_N * len(rank) + rank[encoded.indices.to_numpy()]
-    order = np.lexsort((number_N, name_N))
-    again = (np.diff(name_N[order]) == 0) & (np.diff(number_N[order]) == 0)
-    return table.take(pa.array(order[np.concatenate([[True], ~again])]))
+def _arrays(store: Store, segments: Sequence[Segment]) -> Iterator[pa.Table]:
+    """The `OBJECTS` rows of segments array by array, in the order of their paths; a part of each is open at a time."""
+
+    def of(segment: Segment) -> Iterator[tuple[str, pa.Table]]:
+        for part in segment.objects:
+            opened = SegmentObjects(open_segment_file(store, segment, part))
+            for path in sorted(opened.paths):
+                for rows in opened.take(path):
+                    yield path, rows
+
+    for path, found in groupby(heapq.merge(*map(of, segments), key=itemgetter(0)), itemgetter(0)):
+        rows = pa.concat_tables([rows for _, rows in found])
+        yield _once(rows.append_column("path", pa.repeat(pa.scalar(path), len(rows))).select(OBJECTS.names))
+
+
+def _once(array: pa.Table) -> pa.Table:
+    """The rows of one array sorted by shard, the first of each."""
+    shard_N = array["shard"].to_numpy()
+    if (np.diff(shard_N) > 0).all():
+        return array
+    return array.take(np.unique(shard_N, return_index=True)[1])
 
 
 _TALLIED = ("mean_D", "m2_D", "core_mean_D", "core_m2_D")
@@ -221,24 +254,20 @@ def tallies(table: pa.Table | pa.RecordBatch) -> list[Tally]:
 
 
 def object_sizes(objects: pa.Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By array path: the numbers of its shards in a segment table, and their sizes in bytes.
+    """By array path (a dictionary column): the numbers of its shards, and their sizes in bytes.
 
     Raises:
         FormatError: a number or size that no writer gives.
     """
-    encoded = objects["path"].combine_chunks().dictionary_encode()
-    path_N, shard_N, size_N = (
-        encoded.indices.to_numpy(),
-        objects["shard"].to_numpy(),
-        objects["size_bytes"].to_numpy(),
-    )
+    path_N, paths = encoded(objects, "path")
+    shard_N, size_N = objects["shard"].to_numpy(), objects["size_bytes"].to_numpy()
     if len(shard_N) and not (shard_N.min() >= 0 and shard_N.max() < MAX_SHARDS and size_N.min() >= 0):
         raise FormatError(
             f"a segment lists shards {shard_N.min()}..{shard_N.max()}; it is damaged or hostile"
         )
     order = np.argsort(path_N, kind="stable")
-    bounds = np.searchsorted(path_N[order], np.arange(len(encoded.dictionary) + 1))
+    bounds = np.searchsorted(path_N[order], np.arange(len(paths) + 1))
     return {
         path: (shard_N[order[a:b]], size_N[order[a:b]])
-        for path, a, b in zip(encoded.dictionary.to_pylist(), bounds[:-1], bounds[1:], strict=True)
+        for path, a, b in zip(paths, bounds[:-1], bounds[1:], strict=True)
     }

@@ -13,8 +13,9 @@ from .catalog import coverage, find_dataset
 from .corpus import open_tokens
 from .driver import blocks_wanted, resolve
 from .lease import DEAD_AFTER_S, FOLDER, parse_lease
-from .manifest import SPLITS, latest_version, read_manifest, read_records, read_segment_table, record_key
+from .manifest import SPLITS, Segment, latest_version, read_manifest, read_records, record_key
 from .progress import format_count, format_duration
+from .segment_files import segment_records
 from .spec import Spec, dataset_name, token_store_name
 from .store import Store, open_store
 
@@ -43,7 +44,7 @@ def standing(spec: Spec, root: str, storage_options: Mapping[str, Any] | None = 
     if version:
         manifest = read_manifest(store, version)
         for segment in manifest.segments:
-            done.take_segment(store, segment.statistics, segment.statistics_sha256)
+            done.take_segment(store, segment)
         set_aside = manifest.provenance.get("set_aside", [])
         if tokens is not None:
             n_rows = {split: tokens.n_rows(split) for split in SPLITS}
@@ -104,11 +105,9 @@ class _Units:
         self.committed_s: dict[tuple[str, int], float] = {}
         self._records: dict[str, tuple[str, int]] = {}
 
-    def take_segment(self, store: Store, key: str, sha256: str) -> None:
-        columns = ("split", "block", "site", "sites")
-        table = read_segment_table(store, key, sha256, columns)
-        for split, block, site, sites in zip(*(table[c].to_pylist() for c in columns), strict=True):
-            self.units.add((split, block, site))
+    def take_segment(self, store: Store, segment: Segment) -> None:
+        for split, sites, block, _ in segment_records(store, segment):
+            self.units |= {(split, block, site) for site in sites.split(",")}
             self._records[record_key(split, block, sites.split(","))] = (split, block)
 
     def take_records(self, store: Store) -> None:

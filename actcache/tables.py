@@ -1,7 +1,7 @@
 """The chunk tables of a dataset's arrays, decoded from its segments array by array when they are needed.
 
-A segment's `objects` file is read whole and its sha256 verified; then only the paths of its rows are
-decoded, and the row groups of an array when that array is asked for. A writer gives each array row
+A part of a segment's `objects` is read whole and its sha256 verified, when an array of it is asked for; then only
+the paths of its rows are decoded, and the row groups of that array. A writer gives each array row
 groups of its own, once it has some hundred rows; files in any other order are read too, each row group
 once. Specified in docs/format.md, "Segments"; why: docs/design/003-commit.md.
 Shapes: N shards, C chunks of a shard.
@@ -11,6 +11,7 @@ import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,24 +19,35 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .errors import FormatError
-from .manifest import ShardTable
+from .segment_files import encoded
 from .untrusted import ParquetFile
 
-_MAX_CHUNKS = 1 << 20
 _COLUMNS = ("shard", "size_bytes", "chunk_offset", "chunk_nbytes", "chunk_crc32c", "constant")
 
 
+@dataclass(frozen=True, eq=False)
+class ShardTable:
+    """Where every chunk of one array lies, as numpy arrays over its shards."""
+
+    path: str
+    size_bytes: np.ndarray
+    """int64 [shards]."""
+    chunk_offset: np.ndarray
+    """int32 [shards, chunks per shard]; int64 if a shard has 2^31 bytes or more. 0 where the shard is constant."""
+    chunk_nbytes: np.ndarray
+    """As `chunk_offset`."""
+    chunk_crc32c: np.ndarray
+    """uint32 [shards, chunks per shard]."""
+    constant: np.ndarray
+    """float64 [shards], NaN where the shard is not constant."""
+
+
 class SegmentObjects:
-    """The `objects` file of one segment. Not safe to use from two threads at once."""
+    """A part of the `objects` of one segment. Not safe to use from two threads at once."""
 
     def __init__(self, file: ParquetFile) -> None:
         self._file: ParquetFile | None = file
-        table = file.read(("split", "path"), encoded=True).combine_chunks()
-        self._path_N, self.paths = _encoded(table, "path")
-        split_N, splits = _encoded(table, "split")
-        number = {split: i for i, split in enumerate(splits)}
-        wanted_P = np.array([number.get(path.partition("/")[0], -1) for path in self.paths], np.int64)
-        self._path_N = np.where(wanted_P[self._path_N] == split_N, self._path_N, -1)  # else it is of no array
+        self._path_N, self.paths = encoded(file.read(("path",), encoded=True), "path")
         self._start_G = np.cumsum([0, *file.group_rows])
         self._groups_of: dict[str, list[int]] = {}
         """By path: the row groups with a row of it."""
@@ -44,8 +56,7 @@ class SegmentObjects:
         begin_N = np.flatnonzero(change_N)
         group_N = np.searchsorted(self._start_G, begin_N, side="right") - 1
         for path, group in sorted({*zip(self._path_N[begin_N].tolist(), group_N.tolist(), strict=True)}):
-            if path >= 0:
-                self._groups_of.setdefault(self.paths[path], []).append(group)
+            self._groups_of.setdefault(self.paths[path], []).append(group)
         self._left = set(range(len(file.group_rows)))
         self._rows: dict[str, list[pa.Table]] = defaultdict(list)
         """By path: its rows, of the row groups that have been decoded."""
@@ -63,23 +74,14 @@ class SegmentObjects:
         table = self._file.read(_COLUMNS, [group])
         path_N = self._path_N[self._start_G[group] : self._start_G[group + 1]]
         for path in np.unique(path_N).tolist():
-            if path >= 0:
-                row_N = np.flatnonzero(path_N == path)
-                first, n = int(row_N[0]), len(row_N)
-                together = int(row_N[-1]) - first + 1 == n
-                rows = table.slice(first, n) if together else table.take(pa.array(row_N))
-                self._rows[self.paths[path]].append(rows)
+            row_N = np.flatnonzero(path_N == path)
+            first, n = int(row_N[0]), len(row_N)
+            together = int(row_N[-1]) - first + 1 == n
+            rows = table.slice(first, n) if together else table.take(pa.array(row_N))
+            self._rows[self.paths[path]].append(rows)
         self._left.remove(group)
         if not self._left:
             self._file = None  # its bytes go
-
-
-def _encoded(table: pa.Table, name: str) -> tuple[np.ndarray, list[str]]:
-    """A dictionary column as numbers [N] and what they mean."""
-    chunks = table[name].unify_dictionaries().chunks
-    if not chunks:
-        return np.empty(0, np.int64), []
-    return np.concatenate([c.indices.to_numpy() for c in chunks]), chunks[0].dictionary.to_pylist()
 
 
 class Tables(Mapping[str, ShardTable]):
@@ -94,18 +96,18 @@ class Tables(Mapping[str, ShardTable]):
         split: str,
         n_shards: Mapping[str, int],
         layout: Mapping[str, Mapping[str, Any]],
-        segments: Callable[[], Sequence[SegmentObjects]],
+        parts: Callable[[str], Sequence[SegmentObjects]],
         lock: threading.Lock,
         url: str,
     ) -> None:
         """Args:
         n_shards: committed shards by the array's path in the split; those without are left out.
-        segments: opened when the first table is asked for.
-        lock: of the segments, which the splits share.
+        parts: gives those that may have rows of a path.
+        lock: of the parts, which the splits share.
         """
         self._split, self._layout, self._url = split, layout, url
         self._n = {f"{split}/{path}": n for path, n in n_shards.items() if n}
-        self._segments, self._lock = segments, lock
+        self._parts, self._lock = parts, lock
         self._found: dict[str, ShardTable] = {}
 
     def __getitem__(self, path: str) -> ShardTable:
@@ -127,66 +129,89 @@ class Tables(Mapping[str, ShardTable]):
         return path in self._n
 
     def _read(self, path: str, n: int) -> ShardTable:
-        table = shard_table(path, n, [rows for s in self._segments() for rows in s.take(path)])
-        check_chunks(table, self._layout[path.removeprefix(f"{self._split}/")], f"{self._url}/{path}")
+        array = self._layout[path.removeprefix(f"{self._split}/")]
+        width = array["shard_rows"] // array["chunk_rows"]
+        table = shard_table(path, n, width, [rows for part in self._parts(path) for rows in part.take(path)])
+        check_chunks(table, array, f"{self._url}/{path}")
         return table
 
 
-def shard_table(path: str, n: int, parts: Sequence[pa.Table]) -> ShardTable:
-    """The chunk table of an array with `n` committed shards, from its rows in any order; any of equal ones holds.
+def shard_table(path: str, n: int, width: int, parts: Sequence[pa.Table]) -> ShardTable:
+    """The chunk table of an array with `n` committed shards of `width` chunks, from its rows in any order.
+
+    A shard may have several rows, any of which holds, and no chunks where it is constant.
 
     Raises:
-        FormatError: a shard is missing, or a chunk table is not of one length or absurd.
+        FormatError: a shard is missing, or a chunk table is of another length or absurd.
     """
     batches = [batch for part in parts for batch in part.to_batches() if len(batch)]
     listed = _n_listed(n, [batch["shard"].to_numpy() for batch in batches])
     if listed < n:
         raise FormatError(f"the manifest lists {listed} shards of {path}; {n} are committed. Harvest again")
-    widths = np.unique([x for b in batches for x in _width_bounds(b["chunk_offset"])])
-    if len(widths) != 1 or not 1 <= widths[0] <= _MAX_CHUNKS:
-        raise FormatError(
-            f"the chunk tables of {path} have {widths[0]}..{widths[-1]} entries; wanted one length"
-        )
-    if any(_width_bounds(b[c]) != (widths[0], widths[0]) for b in batches for c in _COLUMNS[3:5]):
-        raise FormatError(f"the chunk tables of {path} differ in length; the manifest is damaged or hostile")
-    width = int(widths[0])
+    chunked = [_with_chunks(path, width, batch) for batch in batches]
     largest = max(int(b["size_bytes"].to_numpy().max()) for b in batches)
     narrow = np.int32 if largest < 2**31 else np.int64  # both end inside the object: half the memory
-    table = ShardTable(
-        path=path,
-        size_bytes=np.empty(n, np.int64),
-        chunk_offset=np.empty((n, width), narrow),
-        chunk_nbytes=np.empty((n, width), narrow),
-        chunk_crc32c=np.empty((n, width), np.uint32),
-        constant=np.empty(n, np.float64),
-    )
-    for batch in batches:
-        shard_M = batch["shard"].to_numpy()
-        size_M = batch["size_bytes"].to_numpy()
-        offset_MC, nbytes_MC, crc32c_MC = (
-            batch[name].flatten().to_numpy().reshape(len(batch), width) for name in _COLUMNS[2:5]
-        )
-        if (
-            (offset_MC < 0).any()
-            or (nbytes_MC < 0).any()
-            or (nbytes_MC > size_M[:, None]).any()
-            or (offset_MC > size_M[:, None] - nbytes_MC).any()
-        ):
-            raise FormatError(
-                f"a chunk of {path} lies outside its object; the manifest is damaged or hostile"
-            )
-        constant_M = batch["constant"].to_numpy(zero_copy_only=False).astype(np.float64)
-        here: Any = slice(None)
-        to: Any = shard_M
-        if shard_M.max() >= n:  # past the committed prefix
-            here = np.flatnonzero(shard_M < n)
-            to = shard_M[here]
-        if len(to) and np.array_equal(to, np.arange(to[0], to[0] + len(to))):
-            to = slice(int(to[0]), int(to[0]) + len(to))
-        table.size_bytes[to], table.constant[to] = size_M[here], constant_M[here]
-        table.chunk_offset[to], table.chunk_nbytes[to] = offset_MC[here], nbytes_MC[here]
-        table.chunk_crc32c[to] = crc32c_MC[here]
+    if any(
+        rows.any() for rows in chunked
+    ):  # so that many are there; zeros take no memory before they are written to
+        offset_NC, nbytes_NC, crc_NC = (np.zeros((n, width), d) for d in (narrow, narrow, np.uint32))
+    else:
+        offset_NC = nbytes_NC = crc_NC = np.broadcast_to(np.int32(0), (n, width))
+    table = ShardTable(path, np.zeros(n, np.int64), offset_NC, nbytes_NC, crc_NC, np.zeros(n))
+    for batch, chunked_M in zip(batches, chunked, strict=True):
+        here, to = _rows_and_places(batch["shard"].to_numpy(), n)
+        table.size_bytes[to] = batch["size_bytes"].to_numpy()[here]
+        table.constant[to] = batch["constant"].to_numpy(zero_copy_only=False).astype(np.float64)[here]
+        if chunked_M.any():
+            _put_chunks(table, batch if chunked_M.all() else batch.filter(pa.array(chunked_M)))
     return table
+
+
+def _with_chunks(path: str, width: int, batch: pa.RecordBatch) -> np.ndarray:
+    """Which rows have a chunk table: bool [rows]; the others are constant.
+
+    Raises:
+        FormatError: another length than `width`, or neither.
+    """
+    lengths = np.stack([pc.list_value_length(batch[name]).to_numpy() for name in _COLUMNS[2:5]])
+    chunked_M = (lengths == width).all(axis=0)
+    constant_M = ~np.isnan(batch["constant"].to_numpy(zero_copy_only=False).astype(np.float64))
+    if not (chunked_M | ((lengths == 0).all(axis=0) & constant_M)).all():
+        found = f"{lengths.min()}..{lengths.max()}"
+        raise FormatError(f"the chunk tables of {path} have {found} entries, wanted {width}")
+    return chunked_M
+
+
+def _rows_and_places(shard_M: np.ndarray, n: int) -> tuple[Any, Any]:
+    """Which rows are of the first n shards, and where these go: slices where they follow each other."""
+    here: Any = slice(None)
+    to: Any = shard_M
+    if shard_M.max() >= n:  # past the committed prefix
+        here = np.flatnonzero(shard_M < n)
+        to = shard_M[here]
+    if len(to) and np.array_equal(to, np.arange(to[0], to[0] + len(to))):
+        to = slice(int(to[0]), int(to[0]) + len(to))
+    return here, to
+
+
+def _put_chunks(table: ShardTable, rows: pa.RecordBatch) -> None:
+    """Take in the chunk tables of some rows, all of the array's length."""
+    size_M, width = rows["size_bytes"].to_numpy(), table.chunk_nbytes.shape[1]
+    offset_MC, nbytes_MC, crc32c_MC = (
+        rows[name].flatten().to_numpy().reshape(len(rows), width) for name in _COLUMNS[2:5]
+    )
+    if (
+        (offset_MC < 0).any()
+        or (nbytes_MC < 0).any()
+        or (nbytes_MC > size_M[:, None]).any()
+        or (offset_MC > size_M[:, None] - nbytes_MC).any()
+    ):
+        raise FormatError(
+            f"a chunk of {table.path} lies outside its object; the manifest is damaged or hostile"
+        )
+    here, to = _rows_and_places(rows["shard"].to_numpy(), len(table.size_bytes))
+    table.chunk_offset[to], table.chunk_nbytes[to] = offset_MC[here], nbytes_MC[here]
+    table.chunk_crc32c[to] = crc32c_MC[here]
 
 
 def _n_listed(n: int, shards: Sequence[np.ndarray]) -> int:
@@ -199,30 +224,19 @@ def _n_listed(n: int, shards: Sequence[np.ndarray]) -> int:
     return int(np.count_nonzero(listed_N))
 
 
-def _width_bounds(lists: pa.Array) -> tuple[int, int]:
-    """The shortest and the longest of some lists."""
-    found = pc.min_max(pc.list_value_length(lists)).as_py()
-    return found["min"], found["max"]
-
-
 def check_chunks(table: ShardTable, array: Mapping[str, Any], where: str) -> None:
-    """Refuse a chunk table that is not of this array: its length, and sizes that no chunk can have.
+    """Refuse sizes that no chunk or shard of this array can have.
 
     Raises:
         FormatError: names the array.
     """
-    wanted = array["shard_rows"] // array["chunk_rows"]
-    if table.chunk_nbytes.shape[1] != wanted:
-        raise FormatError(
-            f"the chunk tables of {where} have {table.chunk_nbytes.shape[1]} entries, wanted {wanted}"
-        )
     decoded = array["chunk_rows"] * math.prod(array["row"]) * array["dtype"].itemsize
     largest = decoded + decoded // 128 + 1024  # more than any compressor makes of noise
     if (table.chunk_nbytes > largest).any():
         raise FormatError(
             f"a chunk of {where} is said to have {table.chunk_nbytes.max()} bytes; {largest} is the most that it can"
         )
-    most = wanted * (largest + 16) + 4
+    most = table.chunk_nbytes.shape[1] * (largest + 16) + 4
     if (table.size_bytes < 0).any() or (table.size_bytes > most).any():
         raise FormatError(
             f"a shard of {where} is said to have {table.size_bytes.max()} bytes; at most {most} can be"

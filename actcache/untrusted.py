@@ -79,7 +79,7 @@ def load_json(data: bytes, where: str, remedy: str) -> Any:
 # Manifests
 
 
-def check_manifest(value: Any, splits: tuple[str, ...]) -> None:
+def check_manifest(value: Any, splits: tuple[str, ...], manifest_format: int) -> None:
     """Types and bounds of every field of a manifest that code relies on.
 
     Raises:
@@ -133,14 +133,30 @@ def check_manifest(value: Any, splits: tuple[str, ...]) -> None:
     if not _sequence(value["segments"], "segments") and any(s["n_rows"] for s in value["splits"].values()):
         raise ValueError("rows are committed, but no segment is listed")
     for i, segment in enumerate(value["segments"]):
-        for name in ("objects", "statistics"):
-            _text(_mapping(segment, f"segments[{i}]")[name], f"segments[{i}].{name}")
-            _sha256(segment[f"{name}_sha256"], f"segments[{i}].{name}_sha256")
-        _integer(segment["n_records"], f"segments[{i}].n_records", 0, 2**53)
+        what = f"segments[{i}]"
+        _integer(_mapping(segment, what)["n_records"], f"{what}.n_records", 0, 2**53)
+        if manifest_format == 1:
+            for kind in ("objects", "statistics"):
+                _file({"key": segment[kind], "sha256": segment[f"{kind}_sha256"]}, kind, f"{what}.{kind}")
+            continue
+        for kind in ("records", "statistics"):
+            _file(segment[kind], kind, f"{what}.{kind}")
+        for j, part in enumerate(_sequence(segment["objects"], f"{what}.objects")):
+            _file(part, "objects", f"{what}.objects[{j}]")
+            for name in ("first", "last"):
+                _text(part[name], f"{what}.objects[{j}].{name}")
     for site, figures in value["fidelity"].items():
         for name, number in _mapping(figures, f"fidelity.{site}").items():
             if type(number) not in (int, float, type(None)):
                 raise ValueError(f"fidelity.{site}.{name} is {_shown(number)}, wanted a number")
+
+
+def _file(value: Any, kind: str, what: str) -> None:
+    """A file of a segment: its key is one that this format writes, so it cannot leave the prefix."""
+    key = _text(_mapping(value, what)["key"], f"{what}.key")
+    if not re.fullmatch(rf"_segments/[0-9a-f]{{16}}-{kind}\.parquet", key):
+        raise ValueError(f"{what}.key is {_shown(key)}, wanted _segments/<16 hex digits>-{kind}.parquet")
+    _sha256(value["sha256"], f"{what}.sha256")
 
 
 def readable_chunk(chunk_rows: int, d_in: int) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .codec import Calibration, decode
+from .codec import Calibration, Precision, decode
 from .corpus import kept_tokens
 from .errors import RESTORE, ActcacheError, CorruptObject, DamagedDataset
 from .layout import (
@@ -31,15 +31,16 @@ from .layout import (
 )
 from .manifest import (
     BlockRecord,
+    File,
     Manifest,
+    Segment,
     read_manifest,
-    read_segment_table,
     record_key,
-    statistics_of,
 )
 from .order import permutation
 from .progress import Progress
 from .reader import Dataset
+from .segment_files import open_segment_file, statistics_of
 from .shard import chunk_checksums, decode_shard, encode_shard, index_size, parse_index, shard_key
 from .spec import canonical_json
 from .statistics import Statistics
@@ -167,7 +168,7 @@ class _Check:
             int(m[1]) for key in self.listed if (m := re.fullmatch(r"_manifest/(\d{8})\.json", key))
         )
         before: Manifest | None = None
-        segments: dict[str, str] = {}
+        segments: dict[str, tuple[Segment, File]] = {}
         for version in found:
             manifest = self.attempt(lambda v=version: read_manifest(self.store, v))
             if manifest is None:
@@ -176,12 +177,15 @@ class _Check:
             if before is not None:
                 self._follows(before, manifest)
             for s in manifest.segments:
-                segments |= {s.objects: s.objects_sha256, s.statistics: s.statistics_sha256}
+                segments |= {file.key: (s, file) for file in s.files}
             before = manifest
-        pinned = {key for s in self.manifest.segments for key in (s.objects, s.statistics)}
-        for key, sha256 in segments.items():
+        pinned = {file.key for s in self.manifest.segments for file in s.files}
+        for key, (segment, file) in segments.items():
             self.referenced.add(key)
-            if self.attempt(lambda k=key, h=sha256: read_segment_table(self.store, k, h)) is None:
+            if (
+                self.attempt(lambda s=segment, f=file: open_segment_file(self.store, s, f).read(encoded=True))
+                is None
+            ):
                 self.segments_read = self.segments_read and key not in pinned
         self.counts["manifest versions"] = len(found)
         self.counts["segment files, sha256 right"] = len(segments)
@@ -205,8 +209,8 @@ class _Check:
         self.tables: dict[str, Any] = {}
         if self.segments_read:
             named = object_sizes(self.dataset._shared.objects(), self.layout)
-            columns = self.dataset._shared.statistics.select(["split", "block", "sites"]).to_pylist()
-            self.held = {record_key(row["split"], row["block"], row["sites"].split(",")) for row in columns}
+            names = self.dataset._shared.records
+            self.held = {record_key(split, block, sites.split(",")) for split, sites, block, _ in names}
             for split in self.manifest.splits:
                 tables = self.attempt(lambda s=split: dict(self.dataset.split(s)._tables))
                 self.tables |= tables or {}
@@ -321,37 +325,49 @@ class _Check:
             self.problem(key, f"and its later shards lack the tokens of {left} committed rows", RESTORE)
 
     def _site(self, split: str, site: str) -> None:
-        """Codes and scales of a site, block by block, and their statistics."""
+        """Codes and scales of a site, block by block, and the statistics of runs of them."""
         path = f"{split}/{site}/codes"
         table = self.tables.get(path)
         if table is None:
             return
         n_blocks = len(table.size_bytes)
-        statistics = self.attempt(
+        runs = self.attempt(
             lambda: statistics_of(self.dataset._shared.statistics, split, site, n_blocks)
-        )
+        ) or [(range(n_blocks), None)]
         calibration = self.calibrations.get(site)
-        for block in range(n_blocks):
-            codes_ND = self._shard(split, f"{site}/codes", block)
-            scale_N = self._shard(split, f"{site}/scale", block) if f"{site}/scale" in self.layout else None
-            if scale_N is not None:
-                self._constant(split, site, block, scale_N)
-            if codes_ND is None or calibration is None or not statistics or block >= len(statistics):
+        for blocks, recorded in runs:
+            sums = recorded and calibration and _Sums(recorded, calibration, self.dataset._shared.precision)
+            whole = True
+            for block in blocks:
+                rows = self._block(split, site, block)
+                if rows is None:
+                    whole = False
+                elif sums:
+                    sums.add(*rows)
+            if not (sums and whole):
                 continue
-            if scale_N is None and self.dataset._shared.precision.quantised:
-                continue
-            n = statistics[block].n_rows
-            wanted = min(self.manifest.identity["block_rows"], self._rows_left(split, block))
-            key = shard_key(path, block, 2)
-            if n != wanted or len(codes_ND) < n:
-                self.problem(key, f"has {len(codes_ND)} rows and statistics of {n}, wanted {wanted}", RESTORE)
-                continue
-            scale_N = None if scale_N is None else scale_N[:n]
-            differs = self._statistics(statistics[block], codes_ND[:n], scale_N, calibration)
+            differs = sums.differs()
             if differs:
-                self.problem(key, f"has rows whose {differs} is not the recorded one", RESTORE)
+                key = shard_key(path, blocks.start, 2)
+                where = f"and those up to block {blocks.stop - 1} have" if len(blocks) > 1 else "has"
+                self.problem(key, f"{where} rows whose {differs} is not the recorded one", RESTORE)
             else:
-                self._count("rows whose statistics follow from the stored values", n)
+                self._count("rows whose statistics follow from the stored values", sums.n_rows)
+
+    def _block(self, split: str, site: str, block: int) -> tuple[np.ndarray, np.ndarray | None] | None:
+        """Codes and scales of a block's rows; None, and a problem, where they are not to be had."""
+        codes_ND = self._shard(split, f"{site}/codes", block)
+        scale_N = self._shard(split, f"{site}/scale", block) if f"{site}/scale" in self.layout else None
+        if scale_N is not None:
+            self._constant(split, site, block, scale_N)
+        if codes_ND is None or (scale_N is None and self.dataset._shared.precision.quantised):
+            return None
+        n = min(self.manifest.identity["block_rows"], self._rows_left(split, block))
+        if len(codes_ND) < n:
+            key = shard_key(f"{split}/{site}/codes", block, 2)
+            self.problem(key, f"has {len(codes_ND)} rows, wanted {n}", RESTORE)
+            return None
+        return codes_ND[:n], None if scale_N is None else scale_N[:n]
 
     def _rows_left(self, split: str, block: int) -> int:
         return self.manifest.splits[split]["n_rows"] - block * self.manifest.identity["block_rows"]
@@ -362,44 +378,6 @@ class _Check:
         if not np.isnan(constant) and not (scale_N[:n] == np.float32(constant)).all():
             key = shard_key(f"{split}/{site}/scale", block, 1)
             self.problem(key, f"is not constantly {constant:g} as its record says", RESTORE)
-
-    def _statistics(
-        self,
-        recorded: Statistics,
-        codes_ND: np.ndarray,
-        scale_N: np.ndarray | None,
-        calibration: Calibration,
-    ) -> str:
-        """The first statistic that float64 sums over the stored rows do not give, or ""."""
-        n, d_in = codes_ND.shape
-        centre_D, precision = recorded.mean_D, self.dataset._shared.precision
-        total_D, square_D, peak_D, norm_sum = np.zeros(d_in), np.zeros(d_in), np.zeros(d_in), 0.0
-        piece = max(1, _PIECE_VALUES // d_in)
-        for i in range(0, n, piece):
-            scale = None if scale_N is None else scale_N[i : i + piece]
-            offset_D, rotation_DD = calibration.offset_D, calibration.rotation_DD
-            rows_ND = decode(codes_ND[i : i + piece], scale, offset_D, precision, rotation_DD)
-            if not np.isfinite(rows_ND).all():
-                return "finiteness"
-            wide_ND = rows_ND.astype(np.float64)
-            norm_sum += float(np.sqrt(np.einsum("nd,nd->n", wide_ND, wide_ND)).sum())
-            np.maximum(peak_D, np.abs(rows_ND).max(axis=0, initial=0.0), out=peak_D)
-            wide_ND -= centre_D
-            total_D += wide_ND.sum(axis=0)
-            square_D += np.einsum("nd,nd->d", wide_ND, wide_ND)
-        rescaled = 0 if scale_N is None else int((scale_N != np.float32(calibration.step)).sum())
-        # the products of a rotation round by the number of rows that are multiplied at once
-        slack = d_in * _UNIT if precision.rotated else 0.0
-        m2_D, peak = square_D - total_D**2 / n, float(peak_D.max(initial=0.0))
-        checks = {
-            "n_rows": recorded.n_rows == n == recorded.norm_counts_K.sum(),
-            "mean_D": (np.abs(total_D / n) <= (_SUMS + slack) * peak_D).all(),
-            "m2_D": (np.abs(recorded.m2_D - m2_D) <= _SUMS * m2_D + slack * n * peak_D**2).all(),
-            "norm_sum": abs(recorded.norm_sum - norm_sum) <= (d_in + 2) * _UNIT * norm_sum + slack * norm_sum,
-            "max_abs": abs(recorded.max_abs - peak) <= slack * peak,
-            "rows_rescaled": recorded.rows_rescaled == rescaled,
-        }
-        return next((name for name, right in checks.items() if not right), "")
 
     def _shard(self, split: str, path: str, shard: int) -> np.ndarray | None:
         """All stored rows of a shard with every byte of it checked; None, and a problem, if they are not."""
@@ -415,7 +393,7 @@ class _Check:
         self._bar.advance(found.size_bytes)
         if rows is not None:
             self._count("objects read whole, crc32c right", 1)
-            self._count("chunks decoded, crc32c right", int((table.chunk_nbytes[shard] > 0).sum()))
+            self._count("chunks decoded, crc32c right", len(rows) // array["chunk_rows"])
         return rows
 
     def _decode(self, key: str, data: bytes, table: Any, shard: int, array: Mapping[str, Any]) -> np.ndarray:
@@ -424,14 +402,16 @@ class _Check:
         committed = list(
             zip(table.chunk_offset[shard].tolist(), table.chunk_nbytes[shard].tolist(), strict=True)
         )
-        if parse_index(data[-index_size(n_chunks) :], n_chunks, where) != committed:
+        found = parse_index(data[-index_size(n_chunks) :], n_chunks, where)
+        constant = not np.isnan(table.constant[shard])  # then its chunks are not listed
+        if found != committed and not constant:
             raise CorruptObject(f"{where} has another index than the one that was committed; {RESTORE}")
-        present = sum(1 for _, nbytes in committed if nbytes)
+        present = sum(1 for _, nbytes in found if nbytes)
         shape = (array["chunk_rows"], *array["row"])
         rows = decode_shard(
             data, present * shape[0], shape, array["shard_rows"], array["dtype"], where, array["by_column"]
         )
-        if chunk_checksums(data, committed) != table.chunk_crc32c[shard].tolist():
+        if not constant and chunk_checksums(data, committed) != table.chunk_crc32c[shard].tolist():
             raise CorruptObject(f"{where} is intact but not the shard that was committed; {RESTORE}")
         return rows
 
@@ -445,3 +425,55 @@ class _Check:
             rewritten = key.endswith(("zarr.json", "/offset/c/0", "/rotation/c/0/0"))
             self.problem(key, "is missing", _REWRITE if rewritten else RESTORE)
             return None
+
+
+class _Sums:
+    """float64 sums over stored rows, against the statistics recorded of them."""
+
+    def __init__(self, recorded: Statistics, calibration: Calibration, precision: Precision) -> None:
+        d_in = len(recorded.mean_D)
+        self._recorded, self._calibration, self._precision = recorded, calibration, precision
+        self._total_D, self._square_D, self._peak_D = np.zeros(d_in), np.zeros(d_in), np.zeros(d_in)
+        self._norm_sum, self._rescaled, self._finite = 0.0, 0, True
+        self.n_rows = 0
+
+    def add(self, codes_ND: np.ndarray, scale_N: np.ndarray | None) -> None:
+        """Take in the rows of a block."""
+        d_in = codes_ND.shape[1]
+        c = self._calibration
+        piece = max(1, _PIECE_VALUES // d_in)
+        for i in range(0, len(codes_ND), piece):
+            scale = None if scale_N is None else scale_N[i : i + piece]
+            rows_ND = decode(codes_ND[i : i + piece], scale, c.offset_D, self._precision, c.rotation_DD)
+            if not np.isfinite(rows_ND).all():
+                self._finite = False
+                return
+            wide_ND = rows_ND.astype(np.float64)
+            self._norm_sum += float(np.sqrt(np.einsum("nd,nd->n", wide_ND, wide_ND)).sum())
+            np.maximum(self._peak_D, np.abs(rows_ND).max(axis=0, initial=0.0), out=self._peak_D)
+            wide_ND -= self._recorded.mean_D
+            self._total_D += wide_ND.sum(axis=0)
+            self._square_D += np.einsum("nd,nd->d", wide_ND, wide_ND)
+        self.n_rows += len(codes_ND)
+        if scale_N is not None:
+            self._rescaled += int((scale_N != np.float32(c.step)).sum())
+
+    def differs(self) -> str:
+        """The first statistic that the rows do not give, or ""."""
+        if not self._finite:
+            return "finiteness"
+        recorded, n, peak_D = self._recorded, self.n_rows, self._peak_D
+        d_in = len(peak_D)
+        # the products of a rotation round by the number of rows that are multiplied at once
+        slack = d_in * _UNIT if self._precision.rotated else 0.0
+        m2_D, peak = self._square_D - self._total_D**2 / n, float(peak_D.max(initial=0.0))
+        norm_slack = ((d_in + 2) * _UNIT + slack) * self._norm_sum
+        checks = {
+            "n_rows": recorded.n_rows == n == recorded.norm_counts_K.sum(),
+            "mean_D": (np.abs(self._total_D / n) <= (_SUMS + slack) * peak_D).all(),
+            "m2_D": (np.abs(recorded.m2_D - m2_D) <= _SUMS * m2_D + slack * n * peak_D**2).all(),
+            "norm_sum": abs(recorded.norm_sum - self._norm_sum) <= norm_slack,
+            "max_abs": abs(recorded.max_abs - peak) <= slack * peak,
+            "rows_rescaled": recorded.rows_rescaled == self._rescaled,
+        }
+        return next((name for name, right in checks.items() if not right), "")

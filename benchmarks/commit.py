@@ -2,7 +2,7 @@
 
 One JSON line for each number of blocks. Commits of `--per-commit` blocks each: the last 64 are timed, and
 the dearest of all (the one that merges most segments) is given apart. Then a complete version, a second
-driver's opening, and a reader's: manifest, chunk table of one site, statistics. Requests and bytes are
+driver's opening, and a reader's: manifest and chunk table of one site. Requests and bytes are
 those of the store's verbs. The files of the last run stay under a temporary directory while it runs.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "actcache"))
 
 from hardware import report
-from synthetic import LOSSES, SITES, Synthetic
+from synthetic import LOSSES, Synthetic
 from watched import Watched
 
 from actcache.manifest import read_manifest
@@ -36,16 +36,19 @@ def main() -> None:
         "--per-commit", type=int, default=20, help="blocks a commit; a minute of a large harvest"
     )
     parser.add_argument("--d-in", type=int, default=192)
+    parser.add_argument("--sites", type=int, default=2)
+    parser.add_argument("--chunk-rows", type=int, default=4096)
     args = parser.parse_args()
     for n_blocks in args.blocks:
         with tempfile.TemporaryDirectory() as directory:
-            report("commit", **measure(directory, n_blocks, args.per_commit, args.d_in))
+            report("commit", **measure(directory, n_blocks, args))
 
 
-def measure(directory: str, n_blocks: int, per_commit: int, d_in: int) -> dict[str, Any]:
+def measure(directory: str, n_blocks: int, args: argparse.Namespace) -> dict[str, Any]:
     """All figures at one size."""
     store: Any = Watched(open_store(directory))
-    synthetic = Synthetic(d_in)
+    sites, per_commit = [f"blocks.{i}.hook_resid_post" for i in range(args.sites)], args.per_commit
+    synthetic = Synthetic(args.d_in, sites, chunk_rows=args.chunk_rows)
     synthetic.calibrate(store)
     state = synthetic.committed(store, train=n_blocks)
     costs = []
@@ -59,15 +62,15 @@ def measure(directory: str, n_blocks: int, per_commit: int, d_in: int) -> dict[s
         costs.append((took, store.requests.total() - before[0], store.n_bytes.total() - before[1]))
     segments = len(state.manifest.segments) if state.manifest else 0
     begun = time.perf_counter()
-    complete = state.commit(dict.fromkeys(SITES, LOSSES), {})
+    complete = state.commit(dict.fromkeys(sites, LOSSES), {})
     final_s = time.perf_counter() - begun
     assert complete.complete
     last = costs[-_TIMED:]
     out: dict[str, Any] = {
         "blocks": n_blocks,
         "per_commit": per_commit,
-        "d_in": d_in,
-        "sites": len(SITES),
+        "d_in": args.d_in,
+        "sites": len(sites),
         "commit_ms_median": round(1e3 * median(c[0] for c in last), 2),
         "commit_requests_median": median(c[1] for c in last),
         "commit_kB_median": round(median(c[2] for c in last) / 1e3, 1),
@@ -78,7 +81,8 @@ def measure(directory: str, n_blocks: int, per_commit: int, d_in: int) -> dict[s
         "segments_before_complete": segments,
         "complete_commit_s": round(final_s, 3),
         "segments": len(complete.segments),
-        "segments_MB": round(_segments_bytes(store, complete) / 1e6, 2),
+        "segments_MB": {kind: round(n / 1e6, 2) for kind, n in _segments_bytes(store, complete).items()},
+        "parts_of_objects": sum(len(s.objects) for s in complete.segments),
     }
     del state
     for name, opening in (
@@ -98,13 +102,17 @@ def measure(directory: str, n_blocks: int, per_commit: int, d_in: int) -> dict[s
 def _read(store: Any) -> Dataset:
     """A reader with the chunk tables of all arrays and one site's offset: before its first chunk."""
     dataset = Dataset(Opened(store, read_manifest(store)), "train")
-    dataset._shared.calibration(SITES[0])
-    assert len(dataset._tables[f"train/{SITES[0]}/codes"].size_bytes)
+    site = dataset.sites[0]
+    dataset._shared.calibration(site)
+    assert len(dataset._tables[f"train/{site}/codes"].size_bytes)
     return dataset
 
 
-def _segments_bytes(store: Any, manifest: Any) -> int:
-    return sum(len(store.read(key)) for s in manifest.segments for key in (s.objects, s.statistics))
+def _segments_bytes(store: Any, manifest: Any) -> dict[str, int]:
+    found = dict.fromkeys(("records", "statistics", "objects"), 0)
+    for file in (file for s in manifest.segments for file in s.files):
+        found[file.key.rpartition("-")[2].removesuffix(".parquet")] += len(store.read(file.key))
+    return found
 
 
 def _rss_bytes() -> int:

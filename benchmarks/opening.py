@@ -79,7 +79,7 @@ def write(directory: str, n_blocks: int, d_in: int) -> dict[str, Any]:
     manifest = state.commit(dict.fromkeys(SITES, LOSSES), {})
     assert manifest.complete
     size = {
-        kind: sum(len(store.read(getattr(s, kind))) for s in manifest.segments)
+        kind: sum(len(store.read(f.key)) for s in manifest.segments for f in s.files if f"-{kind}." in f.key)
         for kind in ("objects", "statistics")
     }
     return {

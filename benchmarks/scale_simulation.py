@@ -44,8 +44,9 @@ from actcache import dispatch, driver, ray_engine
 from actcache.committed import Committed
 from actcache.errors import StoreError
 from actcache.layout import array_layout
-from actcache.manifest import SPLITS, BlockRecord, Manifest, read_segment_table, record_key
+from actcache.manifest import SPLITS, BlockRecord, Manifest, record_key
 from actcache.retry import Retry
+from actcache.segment_files import segment_statistics
 from actcache.segments import RecordRows, merge_segments
 from actcache.store import Conflict, Listed, Store
 
@@ -78,7 +79,7 @@ class Setting:
     """Median latency of a small write; a read takes two thirds, a page of a listing three times as long."""
     stream_bytes_per_s: float = 100e6
     split_after_s: float = 300.0
-    """A partition that refused requests for so long splits in two, where "splits" (an assumption: S3 says
+    """A partition that refused requests in half the seconds of so long splits in two, where "splits" (an assumption: S3 says
     only that it scales gradually)."""
     driver_s_per_block: float = 0.001
     """Virtual time that the driver takes for a block; its requests come on top. See `--d-in`."""
@@ -130,7 +131,8 @@ class Partition:
         self.rate, self.burst, self.last = rate, max(1.0, rate / 10), 0.0
         self.tokens = self.burst
         self.seconds: Counter[int] = Counter()
-        self.refusing_since: float | None = None
+        self.refusing: deque[int] = deque()
+        """The seconds in which it refused a request, of the last while."""
         self.recent: deque[str] = deque(maxlen=64)
 
     def take(self, now: float) -> bool:
@@ -138,13 +140,18 @@ class Partition:
         self.tokens = min(self.burst, self.tokens + (now - self.last) * self.rate)
         self.last = now
         if self.tokens < 1:
-            self.refusing_since = now if self.refusing_since is None else self.refusing_since
+            if not self.refusing or self.refusing[-1] < int(now):
+                self.refusing.append(int(now))
             return False
         self.tokens -= 1
         self.seconds[int(now)] += 1
-        if self.tokens > self.burst / 2:
-            self.refusing_since = None
         return True
+
+    def hot(self, now: float, window_s: float) -> bool:
+        """Whether it refused requests in half the seconds of the last window."""
+        while self.refusing and self.refusing[0] < now - window_s:
+            self.refusing.popleft()
+        return len(self.refusing) > window_s / 2
 
 
 class Limits:
@@ -177,10 +184,9 @@ class Limits:
         name = self._bounds[bisect_right(self._bounds, key) - 1]
         found = self.puts[name]
         found.recent.append(key)
-        since = found.refusing_since
-        if since is not None and now - since > self._setting.split_after_s:
+        if found.hot(now, self._setting.split_after_s):
             middle = sorted(found.recent)[len(found.recent) // 2]
-            found.refusing_since = now
+            found.refusing.clear()
             if middle > name:
                 insort(self._bounds, middle)
                 self.puts[middle] = Partition(self._setting.put_per_s)
@@ -294,12 +300,10 @@ class Records:
 
     def rows(self, block: int) -> bytes:
         """Of train, as a worker sends it."""
-        objects, statistics = self._rows.objects, self._rows.statistics
-        for name in ("block", "shard"):
-            objects = _filled(objects, name, block)
-        statistics = _filled(statistics, "block", block)
-        statistics = _filled(statistics, "n_sequences", (block + 1) * self._per_block)
-        return RecordRows(objects, statistics).pack()
+        record = _filled(self._rows.record, "block", block)
+        record = _filled(record, "n_sequences", (block + 1) * self._per_block)
+        statistics = _filled(self._rows.statistics, "block", block)
+        return RecordRows(record, statistics, _filled(self._rows.objects, "shard", block)).pack()
 
     def of(self, split: str, block: int) -> bytes:
         """As it is stored."""
@@ -537,7 +541,7 @@ class Versions(Committed):
         manifest = super().commit(*args)
         self.series.append(
             {
-                "blocks": sum(len(runs.blocks) for runs in self._runs.values()) // len(self.widths),
+                "blocks": sum(sum(map(len, runs.ranges)) for runs in self._runs.values()) // len(self.widths),
                 "now_s": round(self._clock.now, 1),
                 "cpu_s": round(self.cpu_s(), 3),
                 "commit_cpu_s": round(self.cpu_s() - cpu_s, 3),
@@ -647,14 +651,9 @@ def _steady(when_s: Sequence[float]) -> float:
 
 
 def blocks_committed(store: ModelledStore, manifest: Manifest) -> list[int]:
-    """The blocks of train that a version's segments list, a number for each time."""
-    return [
-        block
-        for segment in manifest.segments
-        for block in read_segment_table(
-            store, segment.statistics, segment.statistics_sha256, ["block"]
-        )["block"].to_pylist()
-    ]  # fmt: skip
+    """The blocks of train whose statistics a version's segments state, a number for each time and site."""
+    runs = [segment_statistics(store, s).select(["block", "n_blocks"]).to_pylist() for s in manifest.segments]
+    return [run["block"] + i for some in runs for run in some for i in range(run["n_blocks"])]
 
 
 def record_cost(sites: int, d_in: int, blocks: int = 8, rounds: int = 5) -> dict[str, Any]:
@@ -692,7 +691,9 @@ def record_cost(sites: int, d_in: int, blocks: int = 8, rounds: int = 5) -> dict
         with taking("parse_when_resuming"):
             for one, record in zip(data, records, strict=True):
                 RecordRows.of(BlockRecord.from_json(one, record.key))
-    sizes = {kind: len(store.read(getattr(segment, kind))) // blocks for kind in ("objects", "statistics")}
+    sizes = dict.fromkeys(("records", "statistics", "objects"), 0)
+    for file in segment.files:
+        sizes[file.key.rpartition("-")[2].removesuffix(".parquet")] += len(store.read(file.key)) // blocks
     return {
         "sites": sites,
         "d_in": d_in,

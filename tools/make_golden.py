@@ -1,4 +1,4 @@
-"""Writes tests/golden/<format>/: small datasets of this format version, and what must be read from them.
+"""Writes tests/golden/<format of manifests>/: small datasets of this format, and what must be read from them.
 
 Run once for a format version, before it is released; later versions of the code must go on reading
 what it wrote. Refuses to overwrite.
@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "actcache")]
 from tiny_harvest import SITES, tiny_spec  # noqa: E402
 
 import actcache  # noqa: E402
-from actcache.spec import FORMAT  # noqa: E402
+from actcache.manifest import MANIFEST_FORMAT  # noqa: E402
 
 PRECISIONS = {"fvu": "fvu:1e-3", "rotated": "rotated:1e-3", "bf16": "bf16"}
 
@@ -52,7 +52,7 @@ def expected(dataset: actcache.Dataset) -> dict[str, Any]:
 
 
 def main() -> None:
-    target = ROOT / "tests" / "golden" / str(FORMAT)
+    target = ROOT / "tests" / "golden" / str(MANIFEST_FORMAT)
     if target.exists():
         sys.exit(f"{target.relative_to(ROOT)} is there; golden data of a format is written once. Delete it if "
                  "this format has not been released yet")  # fmt: skip

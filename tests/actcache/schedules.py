@@ -195,7 +195,7 @@ def check_leftovers(store: Store, unreferenced: int) -> None:
         key
         for version in range(1, latest_version(store) + 1)
         for s in read_manifest(store, version).segments
-        for key in (s.objects, s.statistics)
+        for key in [file.key for file in s.files]
     }
     assert unreferenced == len({o.key for o in store.listing("_segments")} - named)
 

@@ -23,10 +23,10 @@ from actcache.manifest import (
     BlockRecord,
     latest_version,
     read_manifest,
-    read_segment_table,
 )
 from actcache.opened import Opened
 from actcache.reader import Dataset
+from actcache.segment_files import open_segment_file
 from actcache.segments import COMPLETE_SEGMENTS, FAN_IN, RecordRows, tallies
 from actcache.statistics import Statistics, merge
 
@@ -53,20 +53,20 @@ def committed_with(n_blocks, per_commit, store=None):
 
 
 def test_a_commit_costs_the_same_however_many_blocks_there_are():
-    """64 commits each: every one that merges nothing costs the same 3 requests; merging costs once a tier."""
+    """64 commits each: every one that merges nothing costs the same 4 requests; merging costs once a tier."""
     _, _, state, costs = committed_with(640, 2)
     assert state.manifest.splits["train"]["n_blocks"] == 640
     early, late = costs[8:72], costs[-64:]
     for some in (early, late):
         plain = [c for c in some if c[0] == min(some)[0]]
-        assert {requests for requests, _ in plain} == {3}  # two files of the segment, the manifest
-    plain_early, plain_late = ([b for r, b in some if r == 3] for some in (early, late))
+        assert {requests for requests, _ in plain} == {4}  # three files of the segment, the manifest
+    plain_early, plain_late = ([b for r, b in some if r == 4] for some in (early, late))
     # the manifest lists at most 7 segments a tier: a tier more is 7 lines more
     assert np.mean(plain_late) < 1.5 * np.mean(plain_early)
     tiers = np.log(640) / np.log(FAN_IN)
     requests, n_bytes = (np.sum(costs, axis=0) / len(costs)).tolist()
     # a tier: its files are read once and written once by 8 of them together
-    assert requests <= 3 + tiers * (2 + 2 / FAN_IN)
+    assert requests <= 4 + tiers * (3 + 3 / FAN_IN)
     assert n_bytes <= np.mean(plain_late) * (1 + 2 * tiers)
 
 
@@ -125,8 +125,11 @@ def test_merged_segments_say_what_the_records_said(per_commit):
         for shard in range(count):
             o = named[shard]
             assert table.size_bytes[shard] == o.size_bytes
-            assert tuple(table.chunk_offset[shard]) == o.chunk_offset
-            assert tuple(table.chunk_crc32c[shard]) == o.chunk_crc32c
+            if o.constant is None:
+                assert tuple(table.chunk_offset[shard]) == o.chunk_offset
+                assert tuple(table.chunk_crc32c[shard]) == o.chunk_crc32c
+            else:
+                assert table.constant[shard] == o.constant
     for site in SITES:
         expected = merge([synthetic.statistics(block, site) for block in range(n)]).summary()
         found = dataset.stats(site)
@@ -199,7 +202,7 @@ def test_runs_hold_the_statistics_of_an_unbroken_prefix(order):
     parts = [synthetic.statistics(block, SITES[0]) for block in range(len(order))]
     runs, seen = _Runs(), set()
     for block in order:
-        runs.add(block, tallies(synthetic.rows("train", block).statistics))
+        runs.add(range(block, block + 1), *tallies(synthetic.rows("train", block).statistics))
         seen.add(block)
         n = next(i for i in itertools.count() if i not in seen)
         assert runs.prefix == n
@@ -227,7 +230,9 @@ def test_the_rows_of_a_record_say_what_the_record_says_and_survive_the_way_from_
     written = {
         name: rows.objects[name].to_pylist() for name in ("chunk_offset", "chunk_nbytes", "chunk_crc32c")
     }
-    assert written == {name: [list(getattr(o, name)) for o in record.objects] for name in written}
+    for name, found in written.items():
+        wanted = [[] if o.constant is not None else list(getattr(o, name)) for o in record.objects]
+        assert found == wanted
     for site, found in zip(SITES, rows.statistics.to_pylist(), strict=True):
         for f in fields(Statistics):
             value = getattr(record.statistics[site], f.name)
@@ -243,7 +248,7 @@ def test_damaged_statistics_are_one_error():
 
 
 def test_many_loose_records_go_into_a_segment_ahead_of_its_version_and_count_once(monkeypatch):
-    """A driver that dies with such a segment leaves its records; one that loses a version lists it later."""
+    """A driver that dies with such a segment leaves its records; one that loses a version reads them again."""
     synthetic, store = Synthetic(16, **SHAPE), DictStore()
     synthetic.calibrate(store)
     monkeypatch.setattr(committed, "_LOOSE_BYTES", 3 * synthetic.rows("train", 0).nbytes)
@@ -255,7 +260,7 @@ def test_many_loose_records_go_into_a_segment_ahead_of_its_version_and_count_onc
         assert len(state.loose) <= 3
         assert state.n_waiting == block + 1
     assert latest_version(store) == 0
-    assert len([key for key in store.objects if key.startswith("_segments/")]) == 2 * 2
+    assert len([key for key in store.objects if key.startswith("_segments/")]) == 2 * 3
     again = synthetic.committed(store, train=12)
     assert len(again.missing()) == 2
     for block in (10, 11):
@@ -313,7 +318,9 @@ def test_a_version_says_complete_only_when_nothing_that_anybody_wants_is_left():
     assert not manifest.complete  # four are wanted
     assert manifest.wanted == {site: {"train": 4, "validation": 0, "test": 0} for site in SITES}
     for block in range(2, 4):
-        large.add(synthetic.rows("train", block))
+        record = synthetic.record("train", block)
+        store.create(record.key, record.to_json())
+        large.add(RecordRows.of(record))
     assert large.commit({}, {}).complete
     assert large.covered()
     less = synthetic.committed(store, train=1)
@@ -388,7 +395,8 @@ def test_one_block_named_by_two_records_counts_once_through_merged_segments():
     check_manifest(store, manifest)
     assert manifest.fidelity[SITES[0]]["n_rows"] == FAN_IN * SHAPE["block_rows"]
     (merged,) = manifest.segments
-    objects = read_segment_table(store, merged.objects, merged.objects_sha256)
+    (part,) = merged.objects
+    objects = open_segment_file(store, merged, part).read()
     named = list(zip(objects["path"].to_pylist(), objects["shard"].to_pylist(), strict=True))
     assert len(named) == len(set(named))
     assert merged.n_records == 3 * FAN_IN

@@ -27,7 +27,7 @@ CHUNKED = (
     f"train/{SITES[0]}/offset/c/0",
     "_identity.json",
 )
-WHOLE = ("_manifest", "_segments/objects", "_segments/statistics", "_calibration")
+WHOLE = ("_manifest", "_segments/objects", "_segments/statistics", "_segments/records", "_calibration")
 """Objects that a reader takes whole, before any row."""
 LOOSE_RECORDS = ("_records",)
 """What readers need not, but a harvest reads."""
@@ -56,6 +56,7 @@ def read_everything(path):
         for site in view.sites:
             view.read(site, slice(None))
             view.stats(site)
+            view.sequence_activations(site, 0)
         view.rows(slice(None))
         view.sequences(slice(None))
 

@@ -94,8 +94,9 @@ def test_every_field_of_records_calibrations_and_statistics_is_on_the_page_and_n
 
 def test_segments_have_the_columns_of_the_page(directory):
     manifest = newest_manifest(directory)
-    for kind in ("objects", "statistics"):
-        schema = pq.read_schema(directory / manifest["segments"][0][kind])
+    for kind in ("records", "statistics", "objects"):
+        file = manifest["segments"][0][kind]
+        schema = pq.read_schema(directory / (file[0] if kind == "objects" else file)["key"])
         written = {row[0].strip("`"): row[1] for row in tables("Segments")[f"column of {kind}"][1:]}
         found = {f.name: re.sub(r"list<\w+: (\w+)>", r"list<\1>", str(f.type)) for f in schema}
         if kind == "statistics":

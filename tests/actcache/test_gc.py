@@ -260,7 +260,7 @@ def test_a_record_that_named_a_removed_object_meanwhile_is_an_error(copy, record
     """The last word: no removal of what a new record names stays unsaid."""
     age(copy)
     store = open_store(str(copy))
-    record = read_records(store)[0]
+    record = next(read_records(store))
     named = replace(record.objects[0], path="train/token_id", shard=77)
     monkeypatch.setattr(gc, "_check_quiet", lambda *_: None)
     real = gc._delete

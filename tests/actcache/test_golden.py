@@ -1,4 +1,4 @@
-"""What earlier versions of the code wrote is read as it was: tests/golden/<format version>/."""
+"""What earlier versions of the code wrote is read as it was: tests/golden/<format of manifests>/."""
 
 import json
 import sys
@@ -9,6 +9,7 @@ import pytest
 import zarr
 
 import actcache
+from actcache.manifest import MANIFEST_FORMAT
 from actcache.verify import verify
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +25,7 @@ def wanted(path):
 
 
 def test_every_format_has_its_golden_data():
-    assert {p.parent.name for p in CASES} == {str(n) for n in range(1, actcache.spec.FORMAT + 1)}
+    assert {p.parent.name for p in CASES} == {str(n) for n in range(1, MANIFEST_FORMAT + 1)}
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda p: f"{p.parent.name}-{p.name}")

@@ -136,7 +136,7 @@ def rewritten(path, array_path, shard, change):
     store.delete(key)
     store.create(key, data)
     records = []
-    for record in read_records(store):
+    for record in list(read_records(store)):
         objects = [
             replace(
                 o,
@@ -252,7 +252,7 @@ def test_the_command_line_prints_every_problem_and_fails(copy):
 
 def test_a_record_under_another_name_is_seen(copy):
     store = open_store(str(copy))
-    record = read_records(store)[0]
+    record = next(read_records(store))
     store.create(record_key("train", 77, SITES), record.to_json())
     found = problems_of(copy, deep=True)
     assert any("it was copied or renamed" in p for p in found)
