@@ -138,7 +138,7 @@ def test_an_attempt_that_is_not_there(call, followed, tmp_path):
     [
         (RUN + 'command = ["no-such-program", "x"]\n', "step job: no-such-program: No such file or directory"),
         (RUN + 'python = "/nowhere/python"\ncommand = ["python", "x"]\n', "step job: /nowhere/python: No such file"),
-        (RUN + 'command = ["/etc/hostname"]\n', "step job: /etc/hostname: Permission denied"),
+        (RUN + 'command = ["/etc"]\n', "step job: /etc: Permission denied"),
         (PIPELINE, "step a: no-such-program: No such file or directory"),
     ],
 )  # fmt: skip
