@@ -313,8 +313,8 @@ class RayEngine:
                 for k, v in self._options.items()
                 if k in ("num_cpus", "num_gpus", "resources", "label_selector") and v
             }
-            log.info("%d of %d workers are not placed or still loading; each needs %s, and the cluster has %s free",
-                     waiting, len(self._workers), need, _free(self._ray))  # fmt: skip
+            log.info("%d of %d workers are not placed or still loading; each needs %s; free on the cluster: %s",
+                     waiting, len(self._workers), _words(need), _words(_free(self._ray)))  # fmt: skip
 
     def workers(self) -> list[WorkerState]:
         return [worker.state() for worker in self._workers]
@@ -343,6 +343,12 @@ class RayEngine:
 def _free(ray: Any) -> dict[str, float]:
     shown = ray.available_resources()
     return {k: v for k, v in shown.items() if not k.startswith(("node:", "object_store", "memory"))}
+
+
+def _words(resources: Mapping[str, Any]) -> str:
+    """`{"num_cpus": 1.0}` -> `num_cpus 1`."""
+    said = (f"{k} {v:g}" if isinstance(v, int | float) else f"{k} {v}" for k, v in resources.items())
+    return ", ".join(said) or "nothing"
 
 
 def in_a_cluster() -> bool:

@@ -2,18 +2,18 @@
 
 import json
 import os
-import shlex
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from . import terminal
 from .attempts import Attempt, Backend, ClusterError, backend
 from .config import BACKENDS, ConfigError, Run, read_run
 from .credentials import Scrubbed, scrub, secret_variables
+from .ray_jobs import is_job_server
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -21,7 +21,7 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 def _address(_: Any, __: Any, value: str | None) -> None:
     if value is None:
         return
-    if not value.startswith(("http://", "https://")):
+    if not is_job_server(value):
         raise click.BadParameter(f"{value!r} is not http://HOST:PORT of a job server, usually port 8265")
     os.environ["RAY_API_SERVER_ADDRESS"] = value  # else Ray lets RAY_ADDRESS override what was typed
 
@@ -41,7 +41,10 @@ _backend_option = click.option(
     help="Where it runs. Default: what RUN.toml says; for a name, where it is known; else ray.",
 )
 _attempt_option = click.option(
-    "--attempt", type=int, metavar="N", help="Which attempt of the run. Default: the newest."
+    "--attempt",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Which attempt of the run. Default: the newest.",
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="JSON, one object per line.")
 
@@ -119,27 +122,21 @@ def status(run: str, attempt: int | None, backend_name: str | None, as_json: boo
     try:
         found = _find(run, attempt, backend_name)[1]
     except ClusterError as err:
-        if not run.endswith(".toml"):
+        if attempt is not None or not _is_file(run):
             raise
         trouble = str(err)
-    steps = progress(json.loads(read_run(run).as_json()) if run.endswith(".toml") else _run_of(found))
+    if _is_file(run):
+        steps = progress(json.loads(read_run(run).as_json()))
+    else:
+        assert found is not None
+        steps = progress(terminal.run_of(found))
     if as_json:
-        state = (
-            {"id": found.id, **asdict(found)}
-            if found
-            else {"id": None, "status": "UNKNOWN", "message": trouble}
-        )
+        state = _json_of(found) if found else {"id": None, "status": "UNKNOWN", "message": trouble}
         click.echo(json.dumps(state | {"steps": steps}))
         return
-    if found:
-        click.echo(f"{_line(found)}\n{found.message.strip()}")
-    else:
-        click.echo(f"backend: {trouble}")
-    width = max(len(step["step"]) for step in steps)
-    for step in steps:
-        click.echo(f"{step['step']:{width}}  {_step_line(step)}")
-        for block in step.get("quarantined", ()):
-            click.echo(f"{'':{width}}  set aside: {block['split']} block {block['block']}: {block['error']}")
+    lines = [*terminal.table([found]), terminal.reason(found)] if found else [f"backend: {trouble}"]
+    for line in [*lines, *terminal.of_steps(steps)]:
+        click.echo(scrub(line))
 
 
 @cli.command(context_settings=_SETTINGS)
@@ -177,8 +174,9 @@ def stop(run: str, backend_name: str | None) -> None:
 @_json_option
 def list_command(backend_name: str | None, as_json: bool) -> None:
     """List the attempts of all runs of a backend, oldest first."""
-    for found in backend(backend_name or "ray").attempts():
-        click.echo(json.dumps({"id": found.id} | asdict(found)) if as_json else _line(found))
+    found = backend(backend_name or "ray").attempts()
+    for line in [json.dumps(_json_of(one)) for one in found] if as_json else terminal.table(found):
+        click.echo(line if as_json else scrub(line))
 
 
 @cli.command(context_settings=_SETTINGS)
@@ -202,11 +200,12 @@ def preflight(run_toml: Path, backend_name: str | None, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps(check))
             continue
+        state = "ok  " if check["ok"] else "FAIL"
         click.echo(
-            f"{'ok  ' if check['ok'] else 'FAIL'} {check['where']}: {check['check']}: {check['found']}"
+            terminal.wrapped(scrub(f"{state} {check['where']}: {check['check']}: {check['found']}"), 9)
         )
         if check["fix"]:
-            click.echo(f"     fix: {check['fix']}")
+            click.echo(terminal.wrapped(scrub(f"     fix: {check['fix']}"), 10))
     if failed:
         raise ClusterError(f"{len(failed)} of {n} checks failed: {', '.join(failed)}")
 
@@ -215,7 +214,7 @@ def _find(run: str, number: int | None, backend_name: str | None) -> tuple[Backe
     """The backend and the attempt that `run` (a file or a name) and `number` mean."""
     name = run
     namespace = None
-    if run.endswith(".toml"):
+    if _is_file(run):
         described = read_run(run)
         name, namespace = described.name, described.kuberay.namespace
         backend_name = backend_name or described.backend
@@ -231,66 +230,30 @@ def _find(run: str, number: int | None, backend_name: str | None) -> tuple[Backe
     raise ClusterError(f"this cluster knows no {name}-{number}; see `python -m cluster list`")
 
 
-def _run_of(attempt: Attempt | None) -> dict[str, Any]:
-    """What an attempt runs, as `Run.as_json` gives it, from its command line."""
-    assert attempt is not None
-    words = shlex.split(attempt.entrypoint)
-    if words[1:3] == ["-m", "cluster.env_files"]:
-        words = words[3:]
-    if words[1:3] == ["-m", "cluster.steps"]:
-        found: dict[str, Any] = json.loads(words[3])
-        return found
-    return {
-        "name": attempt.run,
-        "root": None,
-        "steps": [{"name": attempt.run, "command": words, "needs": []}],
-    }
+def _is_file(run: str) -> bool:
+    """Whether RUN is a file; no name has such characters."""
+    return run.endswith(".toml") or os.sep in run
+
+
+def _json_of(found: Attempt) -> dict[str, Any]:
+    """An attempt; Ray puts the end of its log into the message."""
+    return {"id": found.id} | {k: scrub(v) if isinstance(v, str) else v for k, v in asdict(found).items()}
 
 
 def _follow(where: Backend, attempt: Attempt) -> None:
-    write = Scrubbed(lambda text: click.echo(text, nl=False))
+    def show(text: str) -> None:
+        click.echo(text, nl=False)
+
+    bars = terminal.Bars(show)
+    write = Scrubbed(bars if sys.stdout.isatty() else show)
     try:
         ended = where.follow(attempt, write)
     finally:
         write.close()
+        bars.close()
     if ended.status != "SUCCEEDED":
-        reason = ended.message.partition(", last available logs")[0].strip().splitlines() or [""]
-        raise ClusterError(f"{ended.id} {ended.status}: {reason[0]}")
+        raise ClusterError(f"{ended.id} {ended.status}: {terminal.reason(ended)}")
     click.echo(f"{ended.id} SUCCEEDED")
-
-
-def _line(attempt: Attempt) -> str:
-    started, seconds = "not started", ""
-    if attempt.started_s:
-        started = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(attempt.started_s))
-        seconds = f"{(attempt.ended_s or time.time()) - attempt.started_s:.0f} s"
-    words = attempt.entrypoint if len(attempt.entrypoint) <= 160 else f"{attempt.entrypoint[:156]} ..."
-    if "cluster.steps" in attempt.entrypoint:
-        words = "steps " + ", ".join(step["name"] for step in _run_of(attempt)["steps"])
-    return f"{attempt.id:24} {attempt.status:9} {started} {seconds:>8}  {words}"
-
-
-def _step_line(step: dict[str, Any]) -> str:
-    parts = [f"{step['state']:8}"]
-    if step.get("rows_done") is not None:
-        share = step["rows_done"] / step["rows_wanted"] if step["rows_wanted"] else 1.0
-        parts.append(f"{share:4.0%} of {step['rows_wanted']:,} rows")
-    if step.get("blocks_wanted") is not None:
-        parts.append(
-            f"blocks {step['blocks_done']}/{step['blocks_wanted']}, {step['blocks_missing']} missing"
-        )
-        if step["quarantined"]:
-            parts.append(f"{len(step['quarantined'])} set aside")
-    if step["state"] == "partial" and step.get("rate_rows_per_s"):
-        left = round(step["eta_s"])
-        parts.append(
-            f"{step['rate_rows_per_s']:,.0f} rows/s, {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} to go"
-        )
-    if step.get("url"):
-        parts.append(step["url"])
-    if step.get("error"):
-        parts.append(step["error"])
-    return "  ".join(parts)
 
 
 def main() -> int:
@@ -309,7 +272,7 @@ def main() -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"error: {scrub(' '.join(message.split()))}", err=True)
+    click.echo(terminal.wrapped(f"error: {scrub(' '.join(message.split()))}", 7), err=True)
     return code
 
 

@@ -19,7 +19,11 @@ _ID = re.compile(r"(.+)-([1-9]\d*)")
 
 
 class ClusterError(Exception):
-    """The backend refused, is out of reach, or holds something else than was asked for."""
+    """The backend refused, is out of reach, or holds something else than was asked for: what was found, and what helps."""
+
+    def __init__(self, found: str, fix: str = "") -> None:
+        super().__init__(f"{found}; {fix}" if fix else found)
+        self.found, self.fix = found, fix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +109,7 @@ class Backend(ABC):
             ClusterError: an attempt is pending or running, also when somebody else just submitted it.
             ConfigError: see `start`.
         """
+        self.request(run, "")  # what is wrong with the run is said before anything is asked of the cluster
         before = self.attempts(run.name)
         last = before[-1] if before else None
         if last and not last.over:

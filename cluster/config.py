@@ -33,6 +33,8 @@ _WANTED: dict[Any, str] = {
     tuple[str, ...]: "a list of strings",
     Mapping[str, str]: "a table of strings",
 }
+_FOUND = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", dict: "a table"}
+_FOUND |= {tuple: "a list", list: "a list"}
 _AT_LEAST_ONE = {("workers.", "count"), ("workers.", "cpus"), ("workers.", "memory_gib"), ("", "drain_s")}
 
 
@@ -171,9 +173,8 @@ class Run:
                         raise ConfigError(f"{place}{f.name} is {value}; it must be {least} or more")
         _check_steps(self)
         for of, place in self._tables():
-            found = place_of_secret(
-                {place + f.name: getattr(of, f.name) for f in fields(of) if f.name != "steps"}
-            )
+            values = {place + f.name: getattr(of, f.name) for f in fields(of) if f.name != "steps"}
+            found = place_of_secret(values) or place_of_secret({"a name in env_files": list(self.env_files)})
             if found:
                 raise ConfigError(
                     f"{found} looks like a secret, and files are kept and shared; "
@@ -231,8 +232,10 @@ def read_run(path: str | Path) -> Run:
         run = _from_values(values)
     except OSError as err:
         raise ConfigError(f"{path} cannot be read: {err.strerror}") from err
-    except ValueError as err:  # TOMLDecodeError, UnicodeDecodeError, ConfigError
+    except ConfigError as err:
         raise ConfigError(f"{path}: {err}") from err
+    except ValueError as err:  # TOMLDecodeError, UnicodeDecodeError
+        raise ConfigError(f"{path} is not TOML: {err}; correct it there") from err
     if run.root is not None and "://" not in run.root:
         run = replace(run, root=str((path.parent / Path(run.root).expanduser()).resolve()))
     if run.working_dir is None:
@@ -251,6 +254,8 @@ def _from_values(values: dict[str, Any]) -> Run:
     if "steps" in values:
         if not isinstance(values["steps"], list):
             raise ConfigError("steps must be tables: [[steps]]")
+        if not values["steps"]:
+            raise ConfigError("steps is empty; put in a [[steps]], or a command instead")
         values["steps"] = [_table(Step, step, f"steps[{i}].") for i, step in enumerate(values["steps"])]
     run: Run = _table(Run, values, "")
     return run
@@ -259,7 +264,7 @@ def _from_values(values: dict[str, Any]) -> Run:
 def _table(kind: Any, values: Any, place: str) -> Any:
     """A dataclass from a TOML table; `place` is what its fields are called in messages."""
     if not isinstance(values, dict):
-        raise ConfigError(f"{place.rstrip('.')} is a {type(values).__name__}; it must be a table")
+        raise ConfigError(f"{place.rstrip('.')} is {_found(values)}; it must be a table")
     known = [f.name for f in fields(kind)]
     for key in values:
         if key not in known:
@@ -271,7 +276,7 @@ def _table(kind: Any, values: Any, place: str) -> Any:
         required.append("command")
     for key in required:
         if key not in values:
-            raise ConfigError(f"{place}{key} is missing")
+            raise ConfigError(f"{place}{key} is missing; put it in, docs/cluster.md has an example")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -293,7 +298,17 @@ def _check_types(of: Any, place: str) -> None:
         else:
             continue  # tables: `_table` made them
         if not good:
-            raise ConfigError(f"{place}{f.name} is a {type(value).__name__}; it must be {want}")
+            raise ConfigError(f"{place}{f.name} is {_found(value, want)}; it must be {want}")
+
+
+def _found(value: Any, want: str = "") -> str:
+    """What a value is, in the words of TOML."""
+    kind = _FOUND.get(type(value), f"a {type(value).__name__}")
+    return f"{kind} of other things" if want.startswith(f"{kind} of") else kind
+
+
+def _others(names: Sequence[str], i: int) -> str:
+    return ", ".join([*names[:i], *names[i + 1 :]]) or "none"
 
 
 def _check_steps(run: Run) -> None:
@@ -305,9 +320,14 @@ def _check_steps(run: Run) -> None:
         if not step.command or not step.command[0]:
             raise ConfigError(f"steps[{i}].command is empty; it must be a list of arguments")
         for need in step.needs:
+            if need not in names:
+                raise ConfigError(
+                    f"steps[{i}] needs a step that is not there; the others are {_others(names, i)}"
+                )
             if need not in names[:i]:
                 raise ConfigError(
-                    f"steps[{i}] needs {need!r}; it can need {', '.join(names[:i]) or 'none'}, the steps before it"
+                    f"steps[{i}] needs {need!r}, which does not come before it; "
+                    "put it before, and let no two steps need each other"
                 )
         for word in step.command:
             for wanted in DATA_OF.findall(word):

@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,16 +19,22 @@ from typing import Any
 
 from . import env_files
 from .attempts import ClusterError
-from .config import Run
+from .config import ConfigError, Run
 from .ray_jobs import RayJobs
 from .steps import is_harvest
 
 Check = dict[str, Any]
 _MARK = "PREFLIGHT "
+_NODES_S = 300  # for all nodes together, which work side by side
 
 
 def preflight(run: Run, backend: str) -> Iterator[Check]:
-    """Checks as {"where", "check", "ok", "found", "fix"}, as they are made."""
+    """Checks as {"where", "check", "ok", "found", "fix"}, as they are made.
+
+    Raises:
+        ConfigError: the run cannot be checked as written.
+    """
+    check_command(run)
     if backend == "ray":
         yield from _of_ray(run)
         return
@@ -71,7 +78,7 @@ def check_command(run: Run) -> list[str]:
         options += [word for pair in said.items() for word in pair]
         break
     if root is None:
-        raise ClusterError("the run names no root, so there is no place to check; put root in RUN.toml")
+        raise ConfigError("root is missing, so there is no place to check; put root in RUN.toml")
     return [run.python, "-m", "actcache", "check", root, *options, "--json"]
 
 
@@ -92,15 +99,14 @@ def _checked(where: str, command: Sequence[str]) -> Iterator[Check]:
 
 
 def _of_ray(run: Run) -> Iterator[Check]:
-    import ray
-
     jobs = RayJobs()
     try:
         theirs = jobs.versions()
     except ClusterError as err:
-        fix = "give --address http://HOST:8265 of the head, forward that port, or start one: ray start --head"
-        yield _one("job server", "reached", False, str(err), fix)
+        yield _one("job server", "reached", False, err.found, err.fix)
         return
+    import ray
+
     yield _one("job server", "reached", True, jobs.client.get_address())
     fix = f"pip install 'ray[default]=={theirs}' here, or use an image with Ray {ray.__version__}"
     yield _one(
@@ -111,22 +117,34 @@ def _of_ray(run: Run) -> Iterator[Check]:
     command = ("python", "-m", "cluster.preflight", json.dumps(told | {"python": platform.python_version()}))
     job = replace(run, name=f"{run.name[:29]}-preflight", command=command, steps=(), num_cpus=0, num_gpus=0)
     job = replace(job, env_files={})
-    before = jobs.attempts(job.name)
-    jobs.start(job, before[-1].number + 1 if before else 1)
+    yield from _job(jobs, job)
+
+
+def _job(jobs: RayJobs, job: Run) -> Iterator[Check]:
+    """What the job on the cluster has found."""
     said: list[str] = []
-    ended = jobs.follow(jobs.newest(job.name), said.append)
-    lines = "".join(said).splitlines()
+    status, fix = "", ""
+    try:
+        before = jobs.attempts(job.name)
+        jobs.start(job, before[-1].number + 1 if before else 1)
+        ended = jobs.follow(jobs.newest(job.name), said.append)
+        status, found = ended.status, f"{ended.id} {ended.status}: {ended.message}"
+        fix = "python in RUN.toml must be the interpreter there that has ray, actcache and cluster (or give working_dir)"
+    except ClusterError as err:
+        found, fix = err.found, err.fix or "look at dashboard.log of the head, and try again"
+    lines = [line for line in "".join(said).splitlines() if line.strip()]
     checks = [json.loads(line.removeprefix(_MARK)) for line in lines if line.startswith(_MARK)]
     yield from checks
-    if ended.status != "SUCCEEDED" or not checks:
-        last = next((line for line in reversed(lines) if line.strip()), ended.message)
-        fix = "python in RUN.toml must be the interpreter there that has ray, actcache and cluster (or give working_dir)"
-        yield _one("job", ended.id, False, f"{ended.status}: {last}", fix)
+    if status != "SUCCEEDED" or not checks:
+        if status and lines and not lines[-1].startswith(_MARK):
+            found = f"{ended.id} {status}: {lines[-1]}"
+        yield _one("job server", "job", False, found, fix)
 
 
 def _of_kuberay(run: Run) -> Iterator[Check]:
     from .kuberay import kubectl, manifest
 
+    version = manifest(run, 1)["spec"]["rayClusterSpec"]["rayVersion"]
     yield _program("this machine", "kubectl", "install kubectl")
     if shutil.which("kubectl") is None:
         return
@@ -168,7 +186,6 @@ def _of_kuberay(run: Run) -> Iterator[Check]:
             )
         except ClusterError as err:
             yield _one("Kubernetes", "secret", False, str(err), fix)
-    version = manifest(run, 1)["spec"]["rayClusterSpec"]["rayVersion"]
     yield _one(
         "image", "Ray version", True, f"{run.image} must have Ray {version}, as this machine; not looked into"
     )
@@ -197,10 +214,11 @@ def _nodes(told: dict[str, Any]) -> Iterator[Check]:
             [*told["command"], "--gpus", str(gpus)]
         )
     versions: dict[str, str] = {}
+    deadline = time.monotonic() + _NODES_S
     for (address, node_id), answer in asked.items():
         where = f"node {address} {node_id}"
         try:
-            checks = ray.get(answer, timeout=300)
+            checks = ray.get(answer, timeout=max(0.0, deadline - time.monotonic()))
         except Exception as err:  # whatever keeps a task from running there
             fix = "look at that node in `ray list nodes` and at its raylet's log"
             yield _one(where, "reached", False, str(err).splitlines()[0], fix)

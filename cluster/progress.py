@@ -14,6 +14,11 @@ from typing import Any
 from .steps import is_harvest, read_records
 
 Step = dict[str, Any]
+_UNASKED = "only harvests, training and the steps of a pipeline leave what says how far they are"
+_QUICK = [
+    "--storage-option",
+    'actcache_retry={"deadline_s": 10}',
+]  # a person waits; harvests themselves wait longer
 _TRAIN = ["-m", "sae", "train"]
 
 
@@ -32,7 +37,7 @@ def progress(run: Mapping[str, Any], python: str = sys.executable) -> list[Step]
     trouble = ""
     if many and run["root"]:
         try:
-            records = read_records(run["root"], run["name"])
+            records = read_records(run["root"], run["name"], quick=True)
         except Exception as err:  # whatever a file system raises; status goes on with the rest
             trouble = f"its records under {run['root']} cannot be read: {err}"
     runs = {s["name"]: out for s in run["steps"] if (out := _run_directory(s["command"])) is not None}
@@ -43,13 +48,17 @@ def progress(run: Mapping[str, Any], python: str = sys.executable) -> list[Step]
         record = records.get(name, {})
         if is_harvest(command):
             found.append(
-                {"step": name, **_harvested([python, "-m", "actcache", *_after(command, "actcache")])}
+                {
+                    "step": name,
+                    **_harvested([python, "-m", "actcache", "harvest", *_QUICK, *_after(command, "harvest")]),
+                }
             )
         elif name in runs:
             found.append({"step": name, **trained[runs[name]]})
         else:
             state = record.get("state", "missing" if many and not trouble else "unknown")
-            found.append({"step": name, "state": state, "error": record.get("error") or trouble or None})
+            why = record.get("error") or trouble or ("" if many else _UNASKED)
+            found.append({"step": name, "state": state, "error": why or None})
     return found
 
 
@@ -100,7 +109,7 @@ def _trained(runs: Sequence[str], steps: Sequence[Step], python: str) -> dict[st
         if first == "--storage-option"
         for word in (first, second)
     ]
-    answer, why = _ask([python, "-m", "sae", "progress", *runs, *options, "--json"])
+    answer, why = _ask([python, "-m", "sae", "progress", *runs, *_QUICK, *options, "--json"])
     if not answer:
         return {run: {"state": "unknown", "error": why} for run in runs}
     return {

@@ -9,18 +9,23 @@ import asyncio
 import json
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from . import env_files
 from .attempts import Attempt, Backend, ClusterError, parse_id
 from .config import ConfigError, Run
 from .credentials import secret_variables
 
+_CONNECT_S, _ANSWER_S = 10.0, 30.0  # Ray's client would wait for ever
+_REACH = "give --address http://HOST:8265 of the head, forward that port, or start one: ray start --head"
 _SETTLE_S = 15  # the log's last line may come before the job's last state
 _LONGEST_DRAIN_S = 900  # of runs of which we know no drain_s: `stop NAME`; who is done sooner ends sooner
+_VERSION = "/api/version"
 _EXCLUDES = [".git", ".venv", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis"]
 
 
@@ -119,14 +124,19 @@ class RayJobs(Backend):
         """See `Backend`.
 
         Raises:
-            ClusterError: the connection was lost; the attempt itself goes on.
+            ClusterError: the connection was lost, or the server answers no more; the attempt itself goes on.
         """
+        client = self.client
 
         async def tail(lines: AsyncIterator[str]) -> None:
-            async for text in lines:
+            while True:
+                line = asyncio.ensure_future(anext(lines, None))
+                while not (await asyncio.wait([line], timeout=_ANSWER_S))[0]:
+                    await asyncio.to_thread(client.get_job_status, attempt.id)  # is the server still there?
+                if (text := await line) is None:
+                    return
                 write(text)
 
-        client = self.client
         logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # "WebSocket closed"
         with _one_kind_of_error():
             asyncio.run(tail(client.tail_job_logs(attempt.id)))
@@ -143,7 +153,7 @@ class RayJobs(Backend):
         """Ray's version on the cluster."""
         client = self.client
         with _one_kind_of_error():
-            return str(client._do_request("GET", "/api/version").json()["ray_version"])
+            return str(client._do_request("GET", _VERSION).json()["ray_version"])
 
 
 def require_env(run: Run) -> None:
@@ -159,19 +169,79 @@ def require_env(run: Run) -> None:
 
 def _connect(address: str | None) -> Any:
     try:
+        import aiohttp  # noqa: F401 - Ray does without until a log is followed
+        import requests
         from ray.job_submission import JobSubmissionClient
     except ImportError as err:
-        raise ClusterError("Ray is not installed here; pip install 'ray[default]'") from err
+        raise ClusterError(
+            f"Ray's client is not installed here ({err})", "pip install 'ray[default]'"
+        ) from err
     from ray.exceptions import RayError
 
+    class Client(JobSubmissionClient):  # type: ignore[misc, unused-ignore]
+        """Ray's, which waits for ever, and takes any web server for Ray's until it stumbles over the answer."""
+
+        def _do_request(self, method: str, endpoint: str, **more: Any) -> Any:
+            try:
+                answer = super()._do_request(method, endpoint, timeout=(_CONNECT_S, _ANSWER_S), **more)
+            except requests.ConnectionError as err:
+                raise ClusterError(f"no job server is reached at {self._address}", _REACH) from err
+            except requests.Timeout as err:
+                found = f"{self._address} has not answered within {_ANSWER_S:g} s"
+                raise ClusterError(found, "wait, or look at dashboard.log of the head") from err
+            if endpoint == _VERSION:
+                try:
+                    str(answer.json()["ray_version"])
+                except (ValueError, LookupError, TypeError) as err:
+                    found = (
+                        f"{self._address} answers ({answer.status_code}), but not as Ray's job server does"
+                    )
+                    raise ClusterError(found, _REACH) from err
+            return answer
+
+    _check_address(address)
     with _one_kind_of_error():
         try:
-            return JobSubmissionClient(address)
+            return Client(address)
         except (RayError, RuntimeError) as err:
             token = _token()
             if type(err).__name__ != "AuthenticationError" or token is None:
                 raise
-            return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"})
+            return Client(address, headers={"Authorization": f"Bearer {token}"})
+
+
+def is_job_server(url: str) -> bool:
+    """Whether this is http://HOST, with a port or without."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port beyond 65535
+        return False
+
+
+def _check_address(address: str | None) -> None:
+    """Refuse what Ray would look for in vain for most of a minute, with warnings of its own.
+
+    Raises:
+        ClusterError: it is no URL, or nothing listens at HOST:PORT, which Ray asks for the job server.
+    """
+    name = next((n for n in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if os.environ.get(n)), None)
+    address = os.environ[name] if name else address
+    if address is None or address == "auto" or is_job_server(address):
+        return
+    found = f"{name or 'the address'} is {address}, which is no http://HOST:PORT"
+    try:
+        where = urlsplit(address if "://" in address else f"ray://{address}")
+        if where.scheme not in ("http", "https", "ray"):
+            return  # a module that Ray asks
+        if where.scheme == "ray" and where.hostname and where.port:
+            socket.create_connection((where.hostname, where.port), timeout=_CONNECT_S).close()
+            return
+    except ValueError:  # a port beyond 65535
+        pass
+    except OSError as err:
+        found = f"nothing is reached at {address}, from {name or 'the address'}: {err.strerror or err}"
+    raise ClusterError(found, _REACH)
 
 
 def _token() -> str | None:
@@ -196,5 +266,6 @@ def _one_kind_of_error() -> Iterator[None]:
     except (OSError, RuntimeError, ValueError, ClientError, RayError) as err:
         text = " ".join(str(err).split()) or type(err).__name__
         if type(err).__name__ == "AuthenticationError":  # Ray has it since 2.52
-            text = "the cluster wants its token: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file that has it"
+            fix = "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file that has it"
+            raise ClusterError("the cluster wants its token", fix) from err
         raise ClusterError(text if len(text) <= 600 else f"{text[:300]} ... {text[-300:]}") from err

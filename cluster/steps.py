@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -145,6 +145,7 @@ class _InActor:
     def __init__(self, step: Mapping[str, Any], env: Mapping[str, str]) -> None:
         import ray
 
+        self._program = step["command"][0]
         options = {"num_cpus": step["num_cpus"], "num_gpus": step["num_gpus"]}
         self._actor = ray.remote(Process).options(**options).remote(step["command"], env)
         self._asked: Any = None
@@ -164,7 +165,9 @@ class _InActor:
         except (RayActorError, RayTaskError) as err:
             cause = getattr(err, "cause", None)
             if isinstance(err, ActorDiedError) and "FileNotFoundError" in str(err):
-                raise StepError("its program does not exist on the cluster; see python in RUN.toml") from err
+                raise StepError(
+                    f"{self._program}: No such file or directory on the cluster; correct its command, or python"
+                ) from err
             raise Lost(" ".join(str(cause or err).split())[:300]) from err
         if code is not None:
             ray.kill(self._actor)
@@ -178,29 +181,49 @@ class Records:
     """What the steps of a run have come to, at <root>/_runs/<run>.json."""
 
     def __init__(self, root: str, run: str) -> None:
-        from fsspec.core import url_to_fs
-
-        self._fs, path = url_to_fs(root)
-        self._path = f"{path.rstrip('/')}/_runs/{run}.json"
-        self.steps = read_records(root, run)
+        """Raises StepError where they cannot be read, as `put` does where they cannot be written."""
+        self._root = root
+        with self._within_root("read"):
+            self._fs, self._path = _place(root, run)
+            self.steps = read_records(root, run)
 
     def put(self, step: str, **record: Any) -> None:
         self.steps[step] = record
-        self._fs.makedirs(self._path.rpartition("/")[0], exist_ok=True)
-        self._fs.pipe_file(self._path, json.dumps({"steps": self.steps}, indent=1).encode())
+        with self._within_root("written"):
+            self._fs.makedirs(self._path.rpartition("/")[0], exist_ok=True)
+            self._fs.pipe_file(self._path, json.dumps({"steps": self.steps}, indent=1).encode())
+
+    @contextlib.contextmanager
+    def _within_root(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as err:  # whatever a file system raises
+            found = " ".join(str(err).split()) or type(err).__name__
+            raise StepError(
+                f"the steps' records under {self._root} cannot be {what}: {found}; correct root, or what keeps it from here"
+            ) from err
 
 
-def read_records(root: str, run: str) -> dict[str, dict[str, Any]]:
-    """The records of a run by step; empty where there are none."""
-    from fsspec.core import url_to_fs
-
-    fs, path = url_to_fs(root)
+def read_records(root: str, run: str, quick: bool = False) -> dict[str, dict[str, Any]]:
+    """The records of a run by step; empty where there are none. `quick`: a person waits."""
+    fs, path = _place(root, run, quick)
     with contextlib.suppress(FileNotFoundError):
-        found: dict[str, dict[str, Any]] = json.loads(fs.cat_file(f"{path.rstrip('/')}/_runs/{run}.json"))[
-            "steps"
-        ]
+        found: dict[str, dict[str, Any]] = json.loads(fs.cat_file(path))["steps"]
         return found
     return {}
+
+
+def _place(root: str, run: str, quick: bool = False) -> tuple[Any, str]:
+    """(file system, path) of a run's records."""
+    from fsspec.core import url_to_fs
+
+    options = {}
+    if quick and root.startswith(
+        "s3://"
+    ):  # s3fs tries five times; with botocore's own it gives up after 75 s
+        options["config_kwargs"] = {"connect_timeout": 5, "read_timeout": 15, "retries": {"max_attempts": 1}}
+    fs, path = url_to_fs(root, **options)
+    return fs, f"{path.rstrip('/')}/_runs/{run}.json"
 
 
 class Runner:
@@ -267,8 +290,11 @@ class Runner:
                 self._say(f"{name}: done before")
                 return
             running = self._place.start(step | {"command": command})
-        except (StepError, OSError) as err:
+        except StepError as err:
             self._fail(name, str(err))
+            return
+        except OSError as err:
+            self._fail(name, f"{command[0]}: {err.strerror} on this machine; correct its command, or python")
             return
         if running is None:
             return
@@ -367,6 +393,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return code
         place: Here | OnRay = Here() if options.here or "RAY_ADDRESS" not in os.environ else OnRay()
         code = Runner(json.loads(options.run), place).run()
+    except StepError as err:
+        print(f"error: {scrub(str(err))}", flush=True)
     finally:
         if options.exit_file:
             partial = options.exit_file.with_suffix(".partial")

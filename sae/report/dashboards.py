@@ -13,7 +13,7 @@ Shapes: L latents shown, F d_sae, D d_in, V vocabulary, K tokens, M neighbours.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ class Dashboards:
     nearest: np.ndarray | None
     """float32 [L, M]: cosines, largest first."""
     logits: LogitEffects | None
+    words: dict[str, np.ndarray] = field(default_factory=dict)
+    """Texts [L] of the columns that hold a word, such as `token_set`."""
 
     @property
     def latents(self) -> np.ndarray:
@@ -98,7 +100,8 @@ def build(
         if W_U_VD is not None and W_U_VD.shape[1] == W_dec_FD.shape[1]:
             logits = logit_effects(W_dec_FD[torch.from_numpy(latents)], W_U_VD.detach().float().cpu())
     columns = {name: values[latents] for name, values in stored.items()}
-    return Dashboards(len(stored["fires"]), snippets, columns, nearest_ids, nearest, logits)
+    words = {name: values[latents] for name, values in read_words(table).items()}
+    return Dashboards(len(stored["fires"]), snippets, columns, nearest_ids, nearest, logits, words)
 
 
 def choose(fires_F: np.ndarray, n_latents: int, seed: int) -> np.ndarray:
@@ -129,6 +132,17 @@ def read_columns(path: Path, d_sae: int) -> dict[str, np.ndarray]:
     if "fires" not in names or table.num_rows != d_sae:
         raise damaged(path, f"it has {table.num_rows} rows and {names}, not fires of {d_sae} latents")
     return {name: table[name].to_numpy() for name in names}
+
+
+def read_words(path: Path) -> dict[str, np.ndarray]:
+    """Every column of `latents.parquet`, which `read_columns` has checked, that holds a text for each latent."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path)
+    names = [f.name for f in file.schema_arrow if pa.types.is_string(f.type)]
+    table = file.read(columns=names)
+    return {name: np.array(table[name].to_pylist(), object) for name in names}
 
 
 @torch.no_grad()

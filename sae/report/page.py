@@ -299,7 +299,7 @@ def _latents(
         "n_rows": n_rows,
         "split": result["split"],
         "note": note,
-        "columns": [name for name in words.LATENT_COLUMNS if name in found.columns],
+        "columns": [name for name in words.LATENT_COLUMNS if name in {*found.columns, *found.words}],
     }
 
 

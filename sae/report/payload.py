@@ -33,6 +33,7 @@ def blocks(dashboards: Dashboards, texts: TokenTexts, seed: int) -> list[str]:
     d, s = dashboards, dashboards.snippets
     vocabulary, local = _vocabulary(d)
     largest = np.maximum(s.largest, np.finfo(np.float32).tiny)
+    words = {name: np.unique(texts.astype(str), return_inverse=True) for name, texts in d.words.items()}
     meta = {
         "before": BEFORE,
         "width": WIDTH,
@@ -44,7 +45,8 @@ def blocks(dashboards: Dashboards, texts: TokenTexts, seed: int) -> list[str]:
         "n_nearest": 0 if d.nearest_ids is None else d.nearest_ids.shape[1],
         "n_logits": 0 if d.logits is None else d.logits.top_ids.shape[1],
         "columns": list(d.columns),
-        "labels": {name: LATENT_COLUMNS[name][0] for name in d.columns if name in LATENT_COLUMNS},
+        "labels": {n: LATENT_COLUMNS[n][0] for n in (*d.columns, *d.words) if n in LATENT_COLUMNS},
+        "words": {name: list(kinds) for name, (kinds, _) in words.items()},
         "tokens": [""] + [texts[int(token)] for token in vocabulary],
     }
     index = {
@@ -54,6 +56,7 @@ def blocks(dashboards: Dashboards, texts: TokenTexts, seed: int) -> list[str]:
         "peak": local(s.token_ids[:, BEFORE]).astype(np.uint32),
         "value": s.value,
         **{f"column {name}": np.asarray(values, np.float32) for name, values in d.columns.items()},
+        **{f"word {name}": places.astype(np.uint32) for name, (_, places) in words.items()},
     }
     index["largest"] = s.largest
     out = [pack(index, meta)]

@@ -41,7 +41,11 @@ LATENT_COLUMNS = {  # of latents.parquet: how it is called, what it means
         "logit kurtosis",
         "their excess kurtosis: 0 for a normal distribution, high where few tokens are meant",
     ),
-    "token_set_score": ("token set score", "how much it raises (positive) or lowers one kind of token"),
+    "token_set": ("kind of token", "whose logits it raises or lowers most, as a kind"),
+    "token_set_score": (
+        "of that kind",
+        "how far it raises (positive, at most 1) or lowers all tokens of that kind",
+    ),
 }
 
 

@@ -190,6 +190,7 @@
       if (name === "partner" && value < 0) continue;  // it has none
       more.append(make("span", {}, `${label(name)} `, make("b", {}, name === "partner" ? link(value) : significant(value))));
     }
+    for (const [name, kinds] of Object.entries(meta.words)) more.append(make("span", {}, `${label(name)} `, make("b", {}, kinds[index[`word ${name}`][i]])));
     const article = make("article", { "aria-label": `latent ${latent}`, id: `latent-${latent}` }, head, more);
     const group = Math.floor(i / meta.group), at = i - group * meta.group;
     const b = await block(group + 1);

@@ -1,4 +1,8 @@
-"""A Ray cluster of `ray start` processes with a job server: nodes with addresses of their own that come and go."""
+"""Ray clusters with a job server, whose nodes come and go.
+
+`RayCluster` is made of `ray start` processes with addresses of their own; `RayletCluster` of the raylets of
+`ray.cluster_utils.Cluster`, which share an address.
+"""
 
 import os
 import shutil
@@ -11,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from unittest import mock
 
 _RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
 
@@ -145,6 +150,49 @@ class RayCluster:
                 assert self._nodes[name].poll() is None, out.read_text()
                 assert time.monotonic() < deadline, out.read_text()
                 time.sleep(0.5)
+
+
+class RayletCluster:
+    """`environment` is a submitter's; the processes are this one's children."""
+
+    def __init__(self, head_cpus=4):
+        self.directory = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+        [port] = free_ports(1)
+        own = {
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_TMPDIR": self.directory,
+            "RAY_enable_metrics_collection": "0",
+        }
+        self._environ = mock.patch.dict(os.environ, own)  # nodes have what this process has
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | own
+        self.environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+        self._head = {"num_cpus": head_cpus, "include_dashboard": True, "dashboard_port": port}
+        self._head |= {"dashboard_agent_listen_port": None, "object_store_memory": 100 * 1024**2}
+
+    def __enter__(self):
+        from ray.cluster_utils import Cluster
+
+        self._environ.start()
+        self._cluster = Cluster(initialize_head=True, head_node_args=self._head)
+        assert self._cluster.webui_url in self.environment["RAY_API_SERVER_ADDRESS"]
+        return self
+
+    def __exit__(self, *exc):
+        self._cluster.shutdown()
+        self._environ.stop()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def add_node(self, num_cpus=2):
+        """The node, once it has joined."""
+        return self._cluster.add_node(num_cpus=num_cpus, object_store_memory=100 * 1024**2)
+
+    def kill(self, node):
+        """SIGKILL to all processes of a node."""
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def remove(self, node):
+        """SIGTERM first."""
+        self._cluster.remove_node(node, allow_graceful=True)
 
 
 def _descendants(pid):

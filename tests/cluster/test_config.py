@@ -140,7 +140,21 @@ def test_a_pipeline_goes_to_one_process_with_places_filled_in_and_other_braces_k
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('needs = ["harvest"]', 'needs = ["harvst"]', r"steps\[1\] needs 'harvst'; it can need harvest"),
+        (
+            'needs = ["harvest"]',
+            'needs = ["harvst"]',
+            r"steps\[1\] needs a step that is not there; the others are harvest",
+        ),
+        (
+            'needs = ["harvest"]',
+            'needs = ["train"]',
+            r"steps\[1\] needs 'train', which does not come before it; put it before",
+        ),
+        (
+            'name = "harvest"',
+            'name = "harvest"\nneeds = ["train"]',
+            r"steps\[0\] needs 'train', which .*let no two steps need each other",
+        ),
         ('needs = ["harvest"]', "", r"steps\[1\] reads \{data:harvest\}; put 'harvest' in its needs"),
         ('name = "train"', 'name = "harvest"', r"steps\[1\].name must be one of a kind"),
         ("num_gpus = 1", "num_gpu = 1", r"no field is called 'steps\[1\].num_gpu'; did you mean 'num_gpus'?"),
@@ -148,8 +162,8 @@ def test_a_pipeline_goes_to_one_process_with_places_filled_in_and_other_braces_k
         ('root = "out"', "", "root is missing: a pipeline keeps its steps' records there"),
         ('root = "out"', 'root = "out"\ncommand = ["a"]', r"command and \[\[steps\]\] each say what to run"),
         ("count = 3", "count = 0", "workers.count is 0; it must be 1 or more"),
-        ("count = 3", 'count = "3"', "workers.count is a str; it must be a whole number"),
-        ("[workers]\ncount = 3", "workers = 3", "workers is a int; it must be a table"),
+        ("count = 3", 'count = "3"', "workers.count is a string; it must be a whole number"),
+        ("[workers]\ncount = 3", "workers = 3", "workers is a whole number; it must be a table"),
         ('"{root}/runs"', '"--password=correct-horse"', r"steps\[1\].command\[7\] looks like a secret"),
     ],
 )
@@ -179,14 +193,17 @@ def test_python_and_actcache_run_with_the_named_interpreter_and_no_shell(command
         (MINIMAL + "zzz = 1", "no field is called 'zzz'; it can be name, command, steps"),
         ('name = "acts"', "command is missing"),
         ('name = "acts"\ncommand = []', "command is empty"),
-        ('name = "acts"\ncommand = "actcache harvest"', "command is a str; it must be a list of strings"),
-        ('name = "acts"\ncommand = ["a", 1]', "command is a tuple; it must be a list of strings"),
+        ('name = "acts"\ncommand = "actcache harvest"', "command is a string; it must be a list of strings"),
+        (
+            'name = "acts"\ncommand = ["a", 1]',
+            "command is a list of other things; it must be a list of strings",
+        ),
         (MINIMAL.replace("acts", "My Run"), "name must be at most 40 of a-z"),
-        (MINIMAL + "num_cpus = true", "num_cpus is a bool; it must be a number"),
+        (MINIMAL + "num_cpus = true", "num_cpus is true or false; it must be a number"),
         (MINIMAL + "num_gpus = -1", "num_gpus is -1; it must be 0 or more"),
         (MINIMAL + "num_gpus = nan", "num_gpus is nan; it must be 0 or more"),
         (MINIMAL + 'env = ["A=1"]', r"env\[0\] is not a variable's name"),
-        (MINIMAL + 'env_files = ["A"]', "env_files is a tuple; it must be a table of strings"),
+        (MINIMAL + 'env_files = ["A"]', "env_files is a list; it must be a table of strings"),
         (MINIMAL + 'env_files = { A = "b" }', "env_files.A must be the full path of a file"),
         (
             MINIMAL + 'env = ["A"]\nenv_files = { A = "/b" }',
@@ -197,7 +214,17 @@ def test_python_and_actcache_run_with_the_named_interpreter_and_no_shell(command
         (MINIMAL + 'command_ = ["{root}"]', "no field is called 'command_'"),
         ('name = "a"\ncommand = ["a", "{root}"]', "command has {root}, and root is missing"),
         ('name = "a"\ncommand = ["a", "{data:b}"]', r"\{data:STEP\} is for \[\[steps\]\]"),
-        ("name = ", "run.toml: Invalid value"),
+        ("name = ", r"run.toml is not TOML: Invalid value \(at .*\); correct it there"),
+        (
+            'name = "a"\nroot = "b"\nsteps = []',
+            r"steps is empty; put in a \[\[steps\]\], or a command instead",
+        ),
+        (MINIMAL + "drain_s = 0.5", "drain_s is a number; it must be a whole number"),
+        (
+            MINIMAL + "env_files = { A = { b = 'c' } }",
+            "env_files is a table of other things; it must be a table of strings",
+        ),
+        ("", "name is missing; put it in, docs/cluster.md has an example"),
     ],
 )
 def test_a_mistake_is_named(tmp_path, text, message):

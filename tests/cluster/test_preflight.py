@@ -1,13 +1,19 @@
 """What preflight finds amiss, and that each failure says what helps. On several nodes: test_ray_runs.py."""
 
+import contextlib
+import json
 import platform
 import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from ray_cluster import free_ports
 
-from cluster.attempts import ClusterError
-from cluster.config import Run
+from cluster import __main__ as command_line
+from cluster import ray_jobs
+from cluster.config import ConfigError, Run
 from cluster.preflight import _nodes, _unlike, check_command, preflight
 
 HARVEST = Run(name="job", command=("actcache", "harvest", "--root", "{root}"), root="/nowhere")
@@ -18,7 +24,7 @@ def failures(checks):
 
 
 def test_without_slurm_or_kubectl_the_programs_are_named(tmp_path, monkeypatch):
-    run = Run(name="job", command=("actcache", "harvest"), root=str(tmp_path), image="i")
+    run = Run(name="job", command=("actcache", "harvest"), root=f"file://{tmp_path}", image="i")
     monkeypatch.setenv("PATH", "/nowhere")
     checks = list(preflight(run, "slurm"))
     found = failures(checks)
@@ -29,18 +35,111 @@ def test_without_slurm_or_kubectl_the_programs_are_named(tmp_path, monkeypatch):
     assert found["kubectl"]["fix"] == "install kubectl"
 
 
+@contextlib.contextmanager
+def web_server(answers):
+    """A server that gives `answers` (status, text) by path; 404 elsewhere, and no answer where there is None."""
+    over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            answer = answers.get(self.path, (404, "404: Not Found"))
+            if answer is None:
+                over.wait(60)
+                return
+            status, text = answer
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        over.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+REACH = "give --address http://HOST:8265 of the head, forward that port, or start one: ray start --head"
+VERSION = json.dumps({"version": "4", "ray_version": "2.9.3", "ray_commit": "c", "session_name": "s"})
+
+
+@pytest.mark.parametrize(
+    ("answer", "found", "fix"),
+    [
+        (None, "URL has not answered within 0.5 s", "wait, or look at dashboard.log of the head"),
+        (
+            (401, "Unauthorized: Missing authentication token"),
+            "the cluster wants its token",
+            "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file that has it",
+        ),
+        (
+            (403, "Forbidden: Invalid authentication token"),
+            "the cluster wants its token",
+            "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file that has it",
+        ),
+        ((200, "<html>Grafana</html>"), "URL answers (200), but not as Ray's job server does", REACH),
+        ((200, '{"version": 1}'), "URL answers (200), but not as Ray's job server does", REACH),
+        ((200, "[]"), "URL answers (200), but not as Ray's job server does", REACH),
+        ((404, "404: Not Found"), "URL answers (404), but not as Ray's job server does", REACH),
+        ((502, "Bad Gateway"), "URL answers (502), but not as Ray's job server does", REACH),
+    ],
+)
+def test_what_is_no_job_server_is_said_in_one_line_within_a_bound(
+    monkeypatch, tmp_path, capsys, answer, found, fix
+):
+    monkeypatch.setattr(ray_jobs, "_ANSWER_S", 0.5)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    begun = time.monotonic()
+    with web_server({"/api/version": answer}) as url:
+        [check] = preflight_at(monkeypatch, url)
+        assert (check["where"], check["check"], check["ok"]) == ("job server", "reached", False)
+        assert (check["found"], check["fix"]) == (found.replace("URL", url), fix)
+        monkeypatch.setattr(sys, "argv", ["cluster", "list"])
+        assert command_line.main() == 1
+    assert capsys.readouterr().err == f"error: {found.replace('URL', url)}; {fix}\n"
+    assert time.monotonic() - begun < 20
+
+
+def preflight_at(monkeypatch, url):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", url)
+    return list(preflight(HARVEST, "ray"))
+
+
 def test_a_job_server_out_of_reach_is_one_failure_with_three_ways_out(monkeypatch):
-    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{free_ports(1)[0]}")
-    [check] = preflight(HARVEST, "ray")
+    url = f"http://127.0.0.1:{free_ports(1)[0]}"
+    [check] = preflight_at(monkeypatch, url)
     assert (check["where"], check["check"], check["ok"]) == ("job server", "reached", False)
-    assert check["fix"].startswith(
-        "give --address http://HOST:8265 of the head, forward that port, or start one"
+    assert (check["found"], check["fix"]) == (f"no job server is reached at {url}", REACH)
+
+
+def test_another_ray_is_named_with_both_ways_out_and_a_server_that_takes_no_jobs_too(monkeypatch):
+    import ray
+
+    with web_server({"/api/version": (200, VERSION)}) as url:
+        reached, version, job = preflight_at(monkeypatch, url)
+    assert (reached["ok"], reached["found"]) == (True, url)
+    assert (version["check"], version["ok"]) == ("Ray version", False)
+    assert version["found"] == f"2.9.3, here {ray.__version__}"
+    assert version["fix"] == (
+        f"pip install 'ray[default]==2.9.3' here, or use an image with Ray {ray.__version__}"
     )
+    assert (job["check"], job["ok"]) == ("job", False)
+    assert "404" in job["found"]
+    assert job["fix"]
 
 
 def test_a_machine_without_our_code_is_named():
     run = Run(name="job", command=("a",), root="/nowhere", python="/bin/false")
-    with pytest.raises(ClusterError, match="put root in RUN.toml"):
+    with pytest.raises(ConfigError, match="put root in RUN.toml"):
         check_command(Run(name="job", command=("a",)))
     assert check_command(run) == ["/bin/false", "-m", "actcache", "check", "/nowhere", "--json"]
 

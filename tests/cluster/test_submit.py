@@ -1,6 +1,8 @@
 """Runs on a real Ray cluster with a real job server: submitted, followed, stopped, resumed."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -8,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from ray_cluster import RayCluster, free_ports
+from ray_cluster import RayCluster, free_ports, pids_naming
 
+from cluster import ray_jobs
 from cluster.attempts import ClusterError
 from cluster.config import Run
+from cluster.preflight import preflight
 from cluster.ray_jobs import RayJobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -144,10 +148,57 @@ def test_a_harvest_runs_on_the_cluster(cluster, tmp_path):
     assert json.loads(listed)["state"] == "complete"
 
 
+def test_preflight_of_a_client_with_another_ray_fails_in_that_and_checks_the_rest(
+    cluster, tmp_path, monkeypatch
+):
+    import ray
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", cluster["RAY_API_SERVER_ADDRESS"])
+    theirs = ray.__version__
+    monkeypatch.setattr(ray, "__version__", "2.59.9")
+    run = Run(name="look", command=("a",), root=str(tmp_path), python=sys.executable)
+    checks = list(preflight(run, "ray"))
+    [failed] = [check for check in checks if not check["ok"]]
+    assert (failed["where"], failed["check"]) == ("job server", "Ray version")
+    assert failed["found"] == f"{theirs}, here 2.59.9"
+    assert failed["fix"] == f"pip install 'ray[default]=={theirs}' here, or use an image with Ray 2.59.9"
+    assert {"conditional put", "versions", "Python version"} <= {check["check"] for check in checks}
+
+
+def test_following_ends_when_the_job_server_answers_no_more(cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setattr(ray_jobs, "_ANSWER_S", 3.0)
+    jobs = RayJobs(cluster["RAY_API_SERVER_ADDRESS"])
+    go = tmp_path / "go"
+    code = f"import pathlib, time\nprint('begun', flush=True)\nwhile not pathlib.Path({str(go)!r}).exists(): time.sleep(0.1)"
+    attempt, _ = jobs.submit(Run(name="frozen", command=("python", "-c", code), python=sys.executable))
+    port = cluster["RAY_API_SERVER_ADDRESS"].rpartition(":")[2]
+    [server] = [pid for pid in pids_naming(f"--port={port}") if is_dashboard(pid)]
+    shown = []
+
+    def show(text):
+        shown.append(text)
+        if "begun" in text:
+            os.kill(server, signal.SIGSTOP)
+
+    try:
+        with pytest.raises(ClusterError, match="has not answered within 3 s; wait, or look at dashboard.log"):
+            jobs.follow(attempt, show)
+    finally:
+        os.kill(server, signal.SIGCONT)
+        go.touch()
+    assert jobs.wait(attempt, 60).status == "SUCCEEDED"  # the run was none the worse
+
+
+def is_dashboard(pid):
+    return b"dashboard/dashboard.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 def test_what_the_cluster_does_not_have_is_one_line(cluster):
     done = cli(cluster, "status", "nothing")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert done.stderr.startswith("error: this cluster knows no run 'nothing'")
     unreachable = cli(cluster, "list", "--address", f"http://127.0.0.1:{free_ports(1)[0]}")
     assert unreachable.returncode == 1
-    assert unreachable.stderr.startswith("error: Failed to connect to Ray at address")
+    assert unreachable.stderr.startswith("error: no job server is reached at http://127.0.0.1:")

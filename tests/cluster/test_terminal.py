@@ -26,7 +26,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "cluster", *map(str, arguments)],
             cwd=ROOT,
-            env={k: v for k, v in environment.items() if k not in ("COLUMNS", "LINES")},
+            env={k: v for k, v in environment.items() if k not in ("COLUMNS", "LINES")} | {"PYTHONUTF8": "1"},
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
@@ -93,6 +93,46 @@ def test_ctrl_c_ends_the_following_and_the_run_goes_on(environment, tmp_path, co
     again = Terminal(environment, "logs", "-f", path)
     assert again.end() == 0
     assert again.text == "begun\r\nended\r\njob-1 SUCCEEDED\r\n"
+
+
+PROGRESS = """
+import time
+print("starting 3 Ray workers", flush=True)
+for percent in (4, 46, 100):
+    time.sleep(0.7)
+    print(f"harvest: {percent:3} %  {percent}k/100k rows  4.59k/s  ETA 0:12  blocks {percent}/100  out 598.6 KiB/s  workers 3/3  bits/value 5.33", flush=True)
+print("done: 3 %", flush=True)
+"""
+
+
+def test_progress_lines_are_one_bar_on_a_terminal_and_lines_in_a_file(environment, tmp_path):
+    path = write_run(tmp_path, PROGRESS)
+    shown = Terminal(environment, "submit", path, "--follow")
+    assert shown.end() == 0
+    _, begun, bar, after, end, _ = shown.text.split("\r\n")
+    assert (begun, after, end) == ("starting 3 Ray workers", "done: 3 %", "job-1 SUCCEEDED")
+    drawn = bar.split("\r")
+    assert [text.split()[2:4] for text in drawn] == [["4", "%"], ["46", "%"], ["100", "%"]]
+    assert [text.count("█") for text in drawn] == [1, 9, 20]
+    assert {len(text) for text in drawn} == {79}
+    command = [sys.executable, "-m", "cluster", "logs", "-f", str(path)]
+    lines = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True
+    ).stdout.splitlines()
+    assert lines[2].startswith("harvest:  46 %  46k/100k rows")
+    assert len(lines) == 6
+
+
+def test_lists_and_status_keep_to_the_width(environment, tmp_path):
+    path = write_run(tmp_path, "print('a long command of more than eighty columns')" + " " * 60 + "# end")
+    Terminal(environment, "submit", path, "--follow").end()
+    for arguments in (["list", "--backend", "local"], ["status", path]):
+        shown = Terminal(environment, *arguments)
+        assert shown.end() == 0
+        first = shown.text.splitlines()[0]
+        assert first.startswith("job-1  SUCCEEDED")
+        assert first.endswith(" ...")
+        assert len(first) < 80
 
 
 @pytest.mark.parametrize("command", ["", "submit", "status", "logs", "stop", "list", "preflight"])

@@ -6,6 +6,7 @@ import pytest
 from test_report import D_SAE, HOSTILE, Page, word_tokenizer, write_run
 from toy_dataset import tiny_lm, toy_dataset
 
+import sae
 from sae.evals import DEFINITIONS, evaluate_many
 from sae.evals.latents import read_parquet
 from sae.report import payload, write_report
@@ -19,7 +20,7 @@ DRIVE = r"""
 import json, sys
 from playwright.sync_api import sync_playwright
 
-browser, page_url, sweep_url, large_url, faint_text, dead = sys.argv[1:]
+browser, page_url, sweep_url, large_url, eight_url, faint_text, dead = sys.argv[1:]
 seen = {"console": [], "errors": [], "requests": [], "dialogs": [], "ready_ms": [], "large_ms": [], "search_ms": []}
 
 def watch(page):
@@ -50,6 +51,8 @@ with sync_playwright() as p:
         seen["ready_ms"].append(int(page.evaluate("document.documentElement.dataset.ready")))
     seen["first"] = latents(page)
     seen["again"] = settled(page, lambda: page.click("#again"))
+    seen["kinds"] = page.eval_on_selector_all('#cards article', '''a => a.map((x) =>
+        [Number(x.ariaLabel.split(" ")[1]), [...x.querySelectorAll(".more span")].find((y) => y.innerText.startsWith("kind of token "))?.innerText])''')
     seen["next"] = settled(page, lambda: page.click("#after"))
     page.keyboard.press("/")
     seen["focus"] = page.evaluate("document.activeElement.id")
@@ -115,6 +118,12 @@ with sync_playwright() as p:
     seen["faint"]["print"] = page.evaluate(faint_text)
     seen["print_overflow"] = page.evaluate("document.documentElement.scrollWidth - innerWidth")
     seen["print_heights"] = page.evaluate("[...document.querySelectorAll('article')].map((a) => a.offsetHeight)")
+    page.goto(eight_url)
+    page.wait_for_selector("html[data-ready]")
+    page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    seen["eight_overflow"] = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+    seen["eight_values"] = page.evaluate('''[...document.querySelectorAll("#figure-fvu td[data-of]")].map((d) =>
+        [getComputedStyle(d, "::before").content, d.checkVisibility(), d.getBoundingClientRect().right <= innerWidth])''')
     page = context.new_page()
     watch(page)
     page.goto(page_url + "#latent-23")
@@ -180,8 +189,8 @@ def report(tmp_path_factory):
     saes = write_run(path)
     saes[0].b_enc.data[DEAD] = -1e9
     saes[0].save(saes[0].path)
-    evaluate_many(saes, ds, lm)
     tokenizer = word_tokenizer([HOSTILE.get(i, f" word{i}") for i in range(64)])
+    evaluate_many(saes, ds, lm, tokenizer=tokenizer)
     write_report(path, ds, tokenizer=tokenizer, model=lm)
     return path, Page((path / "report-topk-40-2.html").read_text()).blocks
 
@@ -235,9 +244,22 @@ def large(report):
 
 
 @pytest.fixture(scope="module")
-def seen(report, large, dead):
+def eight(tmp_path_factory):
+    """The summary of eight SAEs with the long names of a sweep."""
+    path = tmp_path_factory.mktemp("eight")
+    lm = tiny_lm()
+    ds = toy_dataset(lm, n_sequences=8)
+    for s in write_run(path, 8):
+        s.path.rename(path / f"matryoshka-12288-{16 * s.cfg['k']}")
+    evaluate_many([sae.load(place) for place in sorted(path.iterdir())], ds, lm)
+    return write_report(path, ds, tokenizer=word_tokenizer([f" word{i}" for i in range(64)]), n_latents=0)
+
+
+@pytest.fixture(scope="module")
+def seen(report, large, eight, dead):
     path = report[0]
-    pages = [(path / name).as_uri() for name in ("report-topk-40-2.html", "report.html")] + [large.as_uri()]
+    pages = [(path / name).as_uri() for name in ("report-topk-40-2.html", "report.html")]
+    pages += [large.as_uri(), eight.as_uri()]
     try:
         return browser.run(DRIVE, *pages, FAINT, dead)
     except browser.NoBrowser as err:
@@ -268,7 +290,7 @@ def with_peak(report, text):
 def test_no_error_and_no_request(seen):
     assert seen["console"] == seen["errors"] == seen["dialogs"] == []
     assert all(url.startswith("file://") and url.split("#")[0].endswith(".html") for url in seen["requests"])
-    assert len(seen["requests"]) == 9  # the pages themselves
+    assert len(seen["requests"]) == 10  # the pages themselves
 
 
 def test_it_is_there_within_two_seconds(seen):
@@ -291,6 +313,12 @@ def test_a_random_sample_of_living_latents_comes_first(seen, table):
     assert seen["first"] != sorted(seen["first"])
     assert seen["again"] != seen["first"]
     assert not set(seen["next"]) & set(seen["again"])
+
+
+def test_the_kind_of_token_that_a_latent_means_is_shown(seen, table):
+    kinds = {row["latent"]: row["token_set"] for row in table}
+    assert len({kinds[latent] for latent, _ in seen["kinds"]}) > 1
+    assert {latent: f"kind of token {kinds[latent]}" for latent, _ in seen["kinds"]} == dict(seen["kinds"])
 
 
 def test_search_finds_numbers_and_tokens(seen, report):
@@ -375,6 +403,13 @@ def test_nothing_moves(seen):
 def test_two_latents_fit_a_printed_page(seen):
     assert seen["print_overflow"] <= 0
     assert max(seen["print_heights"]) < 1016 / 2
+
+
+def test_all_figures_of_eight_saes_fit_paper_each_with_its_name(seen, eight):
+    assert seen["eight_overflow"] <= 0
+    names = sorted(place.name for place in eight.parent.iterdir() if place.is_dir())
+    assert [value[0].strip('" ') for value in seen["eight_values"]] == names
+    assert all(visible and inside for _, visible, inside in seen["eight_values"])
 
 
 def test_links_lead_to_their_latents_and_pages(seen, table):
