@@ -8,12 +8,17 @@ environment that the page makes, for the next time.
 import json
 import os
 import re
+import shutil
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 from slurm_cluster import UID, SlurmCluster, missing
+
+from cluster.config import Run, Slurm, Workers
+from cluster.slurm import script as slurm_script
 
 ROOT = Path(__file__).parents[2]
 CODE = ("actcache", "cluster", "sae", "deploy", "constraints.txt", "pyproject.toml", "README.md", "LICENSE")
@@ -22,12 +27,11 @@ N_BLOCKS = 18
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
+def slurm():
     """The cluster, with a clone in its home and the environment that the page makes there."""
     assert missing() == [], "apt-get install slurm-wlm munge, and be root"
-    base = tmp_path_factory.mktemp("slurm")
-    for directory in (base, *base.parents[:2]):
-        directory.chmod(0o755)  # pytest's are for their owner alone
+    base = Path(tempfile.mkdtemp(prefix="actcache-slurm-"))  # pytest's are for their owner alone
+    base.chmod(0o755)
     home = Path(os.environ.get("ACTCACHE_SLURM_HOME", base / "home"))
     clone = home / "actcache"
     clone.mkdir(parents=True, exist_ok=True)
@@ -40,6 +44,7 @@ def slurm(tmp_path_factory):
         subprocess.run(" && ".join(made), shell=True, check=True, cwd=clone, env=os.environ | {"PATH": path})
     with SlurmCluster(base / "slurm", home) as cluster:
         yield cluster
+    shutil.rmtree(base)
 
 
 @pytest.fixture
@@ -96,7 +101,7 @@ def show(path):
     return f"\n{path}:\n{path.read_text()[-3000:]}" if path.exists() else ""
 
 
-def test_the_script_as_the_page_has_it_reaches_the_first_block_and_the_last(slurm, clone, script, tmp_path):
+def test_the_script_as_the_page_has_it_reaches_the_first_block_and_the_last(slurm, clone, script):
     with pytest.raises(AssertionError, match="Requested node configuration is not available"):
         slurm.run("sbatch", "deploy/slurm/harvest.sbatch", cwd=clone)  # no node has eight
     root = slurm.home / f"first-{time.time_ns()}"
@@ -166,7 +171,7 @@ def test_the_backend_submits_follows_stops_with_a_drain_and_goes_on(slurm, clone
     run.write_text(
         f'name = "{name}"\nbackend = "slurm"\nroot = "{slurm.home}/{name}"\npython = "{python}"\n'
         'command = ["actcache", "harvest", "--root", "{root}", "--model", "bundled:stdlib-gpt2", "--corpus", "bundled:stdlib",'
-        f' "--site", "blocks.3.hook_resid_post", {json.dumps(EXTENT.split())[1:-1]}, "--workers", "{{workers}}", "--engine", "ray"]\n'
+        f' "--site", "blocks.3.hook_resid_post", {json.dumps(EXTENT.replace("262144", "1048576").replace("600000", "3000000").split())[1:-1]}, "--workers", "{{workers}}", "--engine", "ray"]\n'
         '[workers]\ncount = 2\ncpus = 2\nmemory_gib = 6\n[slurm]\ntime = "00:20:00"\n'
     )
     os.chown(run, UID, UID)
@@ -192,7 +197,7 @@ def test_the_backend_submits_follows_stops_with_a_drain_and_goes_on(slurm, clone
     log = cluster("logs", run.name)
     assert "stopped" in log, log[-3000:]
     kept = blocks(slurm.home / name)
-    assert 2 <= len(kept) < N_BLOCKS
+    assert 2 <= len(kept) < 66, "it was over before it was stopped"
     followed = cluster("submit", run.name, "--follow")
     assert "workers 2/2" in followed
     assert followed.endswith(f"{name}-2 SUCCEEDED\n")
@@ -201,3 +206,46 @@ def test_the_backend_submits_follows_stops_with_a_drain_and_goes_on(slurm, clone
     assert "has succeeded already" in cluster("submit", run.name)
     token = re.compile(r"\b[0-9a-f]{64}\b")
     assert not token.search(log + followed + (place / "script.sh").read_text())
+
+
+@pytest.mark.parametrize("how", ["stop", "time limit"])
+def test_slurm_lets_the_command_drain_and_no_one_else_hears(slurm, how):
+    """Slurm's side alone, in seconds: `ray` is a stand-in that listens where the head would and runs the command."""
+    home = slurm.home / f"drain-{time.time_ns()}"
+    place = home / "d-1"
+    for directory in (place, home / "bin"):
+        directory.mkdir(parents=True)
+    programs = {
+        "python": 'exec /usr/bin/python3 "$@"',
+        "ray": '[ "$SLURM_PROCID" -eq 0 ] || exec sleep 1000\n'
+        """/usr/bin/python3 -c 'import socket, time; s = socket.create_server(("", 6379)); time.sleep(1000)' &\n"""
+        'head=$!\nwhile [ "$1" != -- ]; do shift; done\nshift\n"$@"\ncode=$?\nkill $head\nexit $code',
+    }
+    for name, body in programs.items():
+        (home / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (home / "bin" / name).chmod(0o755)
+    drain = (
+        "import signal, sys, time\n"
+        "def drain(*_): time.sleep(3); print('drained', flush=True); sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, drain); print('up', flush=True); time.sleep(600)\n"
+    )
+    run = Run(
+        name="d",
+        backend="slurm",
+        command=("python", "-c", drain),
+        python=str(home / "bin/python"),
+        workers=Workers(count=2, cpus=2, memory_gib=2),
+        slurm=Slurm(time="00:01:00" if how == "time limit" else "01:00:00"),
+        drain_s=20,
+    )
+    (place / "script.sh").write_text(slurm_script(run, place))
+    subprocess.run(["chown", "-R", f"{UID}:{UID}", str(home)], check=True)
+    job = slurm.run("sbatch", "--parsable", str(place / "script.sh")).strip()
+    log = place / "log"
+    slurm.until(lambda: log.exists() and "up\n" in log.read_text(), 60)
+    if how == "stop":
+        slurm.run("scancel", "--signal=TERM", "--batch", job)
+    slurm.until((place / "exit").exists, 120)
+    assert (place / "exit").read_text() == "143\n", log.read_text()
+    assert "drained\n" in log.read_text()
+    assert "forcing job termination" not in log.read_text()
