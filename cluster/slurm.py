@@ -55,29 +55,50 @@ def script(run: Run, place: Path) -> str:
             lines[name] = getattr(options, name)
     asked = shlex.join([run.python, "-m", "cluster.progress", run.as_json()])
     gpus = f" --num-gpus {workers.gpus}" if workers.gpus else ""
+    # symmetric-run itself calls `ray`, that of the PATH
+    path = f'export PATH={shlex.quote(parent)}:"$PATH"\n' if (parent := os.path.dirname(run.python)) else ""
     header = "".join(f"#SBATCH --{name}={value}\n" for name, value in lines.items())
     return f"""#!/bin/bash
 {header}#SBATCH --exclusive
 #SBATCH --open-mode=append
 set -uo pipefail
 export SLURM_EXPORT_ENV=ALL RAY_ENABLE_UV_RUN_RUNTIME_ENV=0
-{options.setup or ""}
-{read}place={shlex.quote(str(place))}
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+{path}{options.setup or ""}
+{read}export PLACE={shlex.quote(str(place))}
+export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300
+RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n') # of this job: other users reach its ports
+export RAY_AUTH_TOKEN RAY_AUTH_MODE=token
+name=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HEAD=$(getent ahostsv4 "$name" | awk '$1 !~ /^127\\./ {{ print $1; exit }}') # gRPC wants a name server for names
+export HEAD="${{HEAD:?$name has no address that other nodes could reach, see /etc/hosts}}"
 
-# scancel and the time limit signal this shell; the work on the head's node gets it from here
-work=
-stopped=
-trap 'stopped=1; [ -n "$work" ] && kill -TERM "$work"' TERM
-srun --nodes={workers.count} --ntasks={workers.count} ray symmetric-run --address "$head:6379" \\
-    --min-nodes {workers.count}{gpus} -- env RAY_ADDRESS="$head:6379" {run.entrypoint} &
-work=$!
-wait "$work"
-code=$?
-if [ -n "$stopped" ]; then
-    wait "$work"
-    code={STOPPED}
+# other nodes start when the head listens, write into files of their own, and end with the first task
+node='
+if [ "$SLURM_PROCID" -eq 0 ]; then
+    "$@"
+    echo $? > "$PLACE/code"
+    exit
 fi
+exec >> "$PLACE/log.$SLURMD_NODENAME" 2>&1
+until (: < "/dev/tcp/$HEAD/6379") 2> /dev/null; do sleep 2; done
+"$@"
+exec sleep infinity'
+
+# scancel and the time limit signal this shell; the work is on this node and gets it from here. srun would kill Ray with it
+rm -f "$PLACE/pid" "$PLACE/code"
+stopped=
+work=
+trap 'stopped=1; kill -TERM "$(cat "$PLACE/pid" 2> /dev/null || echo "$work")" 2> /dev/null' TERM
+srun --nodes={workers.count} --ntasks={workers.count} --wait=10 bash -c "$node" node \\
+    ray symmetric-run --address "$HEAD:6379" --min-nodes {workers.count}{gpus} -- \\
+    bash -c 'echo $$ > "$PLACE/pid"; exec "$@"' work env RAY_ADDRESS="$HEAD:6379" {run.entrypoint} &
+work=$!
+[ -z "$stopped" ] || kill -TERM "$work"
+while kill -0 "$work" 2> /dev/null; do
+    wait "$work"
+done
+code=$(cat "$PLACE/code" 2> /dev/null || echo 1)
+[ -z "$stopped" ] || code={STOPPED}
 
 # symmetric-run says 0 even where Ray did not start: what is stored decides
 {asked}
@@ -85,8 +106,8 @@ case $? in
 0) code=0 ;;
 1) [ "$code" = 0 ] && code=1 ;;
 esac
-echo "$code" > "$place/exit.partial"
-mv "$place/exit.partial" "$place/exit"
+echo "$code" > "$PLACE/exit.partial"
+mv "$PLACE/exit.partial" "$PLACE/exit"
 exit "$code"
 """
 

@@ -41,13 +41,15 @@ def stand_ins(directory, ray_code=None):
     programs = {
         "sbatch": 'bash "$2" > /dev/null 2>&1 &\necho $!',
         "scontrol": "echo node1",
+        "getent": "echo 127.0.1.1 STREAM node1; echo 10.0.0.1 STREAM node1",
         "squeue": 'kill -0 "$3" 2> /dev/null && echo "RUNNING None"',
         "scancel": 'kill -TERM "$3"',
-        "srun": 'shift 2; exec "$@"',
+        "srun": 'shift 3; SLURM_PROCID=0 exec "$@"',
         "ray": 'while [ "$1" != -- ]; do shift; done; shift; exec "$@"'
         if ray_code is None
         else f"exit {ray_code}",
     }
+    programs["python"] = f'exec {sys.executable} "$@"'
     directory.mkdir()
     for name, body in programs.items():
         (directory / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -97,7 +99,7 @@ def test_what_is_stored_decides_where_ray_did_not_start(tmp_path, monkeypatch):
 
 
 def one_command(code):
-    return Run(name="acts", backend="slurm", command=("python", "-c", code), python=sys.executable)
+    return Run(name="acts", backend="slurm", command=("python", "-c", code))
 
 
 def ended(tmp_path, monkeypatch, run, ray_code=None):

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.slow
 WHAT = "--tokens 4000 --max-tokens 60000 --block-rows 16384"
 STAND_INS = {
     "scontrol": 'if [ "$1" = show ]; then echo node1; else echo "$@" >> "$CALLS"; fi',
+    "getent": "echo 127.0.1.1 STREAM node1; echo 10.0.0.1 STREAM node1",
     "srun": 'while [ "$1" != ray ]; do shift; done; exec "$@"',
     "ray": 'echo "$@" >> "$CALLS"; [ -z "$FAILS" ] || exit 0; while [ "$1" != -- ]; do shift; done; shift; exec "$@"',
 }
@@ -66,4 +67,4 @@ def test_success_is_what_the_manifest_says_not_the_exit_code_of_ray(slurm):
     done, calls = slurm()
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("complete\n")
-    assert "symmetric-run --address node1:6379 --min-nodes 1 --num-gpus 8" in calls
+    assert "symmetric-run --address 10.0.0.1:6379 --min-nodes 1 --num-gpus 8" in calls
