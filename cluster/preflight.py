@@ -244,7 +244,7 @@ def _unlike(versions: dict[str, str]) -> Iterator[Check]:
         return
     usual, n = Counter(versions.values()).most_common(1)[0]
     if n == len(versions):
-        yield _one("cluster", "same versions", True, f"on {n} nodes")
+        yield _one("cluster", "same versions", True, "on 1 node" if n == 1 else f"on {n} nodes")
     for where, found in versions.items():
         if found != usual:
             own = ", ".join(sorted(set(found.split(", ")) - set(usual.split(", "))))

@@ -288,11 +288,8 @@ def test_a_node_that_dies_during_preflight_is_named_and_the_others_are_still_che
     [dead] = [check for check in checks if not check["ok"]]
     assert (dead["where"].split()[1], dead["check"]) == ("127.0.0.2", "reached")
     assert dead["fix"].startswith("look at that node in `ray list nodes`")
-    assert {c["check"] for c in checks if c["where"].startswith("node 127.0.0.1 ")} >= {
-        "put",
-        "delete",
-        "GPUs",
-    }
+    others = {c["check"] for c in checks if c["where"].startswith("node") and c["where"] != dead["where"]}
+    assert others >= {"put", "delete", "GPUs"}
     assert (asked.returncode, err) == (1, f"error: 1 of {len(checks)} checks failed: reached\n")
 
 
