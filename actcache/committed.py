@@ -27,7 +27,6 @@ from .manifest import (
     latest_version,
     read_manifest,
     read_records,
-    record_key,
 )
 from .segment_files import open_segment_file, segment_records, segment_statistics
 from .segments import RecordRows, compact, object_sizes, tallies, write_segment
@@ -266,9 +265,9 @@ class Committed:
                 sizes = object_sizes(file.read(("path", "shard", "size_bytes"), encoded=True))
                 for path, (shards, bytes_N) in sizes.items():
                     self._sizes.setdefault(path, _Sizes()).put(shards, bytes_N)
-        for split, sites, block, n_sequences in segment_records(self.store, segment):
-            self._known.add(record_key(split, block, sites.split(",")))
-            self._n_sequences[split][block] = n_sequences
+        for name in segment_records(self.store, segment):
+            self._known.add(name.key)
+            self._n_sequences[name.split][name.block] = name.n_sequences
         table = segment_statistics(self.store, segment)
         names = zip(*(table[c].to_pylist() for c in ("split", "site", "block", "n_blocks")), strict=True)
         for i in range(0, len(table), _TAKE):

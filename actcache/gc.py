@@ -21,7 +21,6 @@ from .manifest import (
     Manifest,
     latest_version,
     read_manifest,
-    record_key,
 )
 from .progress import Progress
 from .segment_files import open_segment_file, segment_records
@@ -175,11 +174,7 @@ class _Named:
             for part in s.objects:
                 table = open_segment_file(store, s, part).read(("path", "shard"))
                 self.places |= set(zip(table["path"].to_pylist(), table["shard"].to_pylist(), strict=True))
-        self.held = {
-            record_key(split, block, sites.split(","))
-            for s in kept[-1].segments
-            for split, sites, block, _ in segment_records(store, s)
-        }
+        self.held = {name.key for s in kept[-1].segments for name in segment_records(store, s)}
         self.loose = set(record_keys) - self.held
         for key in sorted(self.loose):
             record = BlockRecord.from_json(store.read(key), key)

@@ -180,6 +180,11 @@ class File:
     key: str
     sha256: str
 
+    @property
+    def kind(self) -> str:
+        """`records`, `statistics` or `objects`."""
+        return self.key.rpartition("-")[2].removesuffix(".parquet")
+
 
 @dataclass(frozen=True)
 class Part(File):

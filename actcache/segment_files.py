@@ -10,7 +10,7 @@ import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,13 +18,27 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .errors import RESTORE, CorruptObject, FormatError
-from .manifest import STATISTIC_ARRAYS, File, Part, Segment, statistic_bytes
+from .manifest import STATISTIC_ARRAYS, File, Part, Segment, record_key, statistic_bytes
 from .statistics import Statistics, merge
 from .store import Store
 from .untrusted import MAX_BLOCKS, MAX_SEGMENT_BYTES, ParquetFile, read_whole
 
-RecordName = tuple[str, str, int, int]
-"""Of a record: split, its sorted sites joined by commas, block, and the sequences needed for the split's blocks so far."""
+
+class RecordName(NamedTuple):
+    """A record as a segment names it."""
+
+    split: str
+    sites: str
+    """Sorted, joined by commas."""
+    block: int
+    n_sequences: int
+    """Needed for the split's blocks so far."""
+
+    @property
+    def key(self) -> str:
+        """Where the record is stored."""
+        return record_key(self.split, self.block, self.sites.split(","))
+
 
 RECORDS = pa.schema(
     [("split", pa.string()), ("sites", pa.string()), ("block", pa.int64()), ("n_sequences", pa.int64())]
@@ -226,8 +240,7 @@ def statistics_row(split: str, site: str, blocks: range, statistics: Statistics)
 
 def open_segment_file(store: Store, segment: Segment, file: File) -> ParquetFile:
     """A file of a segment, its digest verified; nothing of it is decoded yet."""
-    kind = file.key.rpartition("-")[2].removesuffix(".parquet")
-    schema = (_SCHEMAS if segment.records else _SCHEMAS_1)[kind]
+    schema = (_SCHEMAS if segment.records else _SCHEMAS_1)[file.kind]
     try:
         data = read_whole(store, file.key, MAX_SEGMENT_BYTES)
     except FileNotFoundError:
@@ -245,7 +258,7 @@ def segment_records(store: Store, segment: Segment) -> list[RecordName]:
     table = file.read(RECORDS.names, encoded=True)
     split, sites = ([texts[i] for i in at] for at, texts in (encoded(table, c) for c in ("split", "sites")))
     names = zip(split, sites, table["block"].to_pylist(), table["n_sequences"].to_pylist(), strict=True)
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(map(RecordName._make, names)))
 
 
 def segment_statistics(store: Store, segment: Segment) -> pa.Table:

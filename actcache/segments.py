@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .errors import FormatError
-from .manifest import MAX_SHARDS, BlockRecord, ObjectRecord, Segment, record_key
+from .manifest import MAX_SHARDS, BlockRecord, ObjectRecord, Segment
 from .segment_files import (
     OBJECTS,
     RECORDS,
@@ -100,14 +100,12 @@ class RecordRows:
     @cached_property
     def name(self) -> RecordName:
         """As a segment has it."""
-        row = self.record.to_pylist()[0]
-        return row["split"], row["sites"], row["block"], row["n_sequences"]
+        return RecordName(**self.record.to_pylist()[0])
 
     @cached_property
     def key(self) -> str:
         """Where the record is stored."""
-        split, sites, block, _ = self.name
-        return record_key(split, block, sites.split(","))
+        return self.name.key
 
     @property
     def split(self) -> str:

@@ -13,7 +13,7 @@ from .catalog import coverage, find_dataset
 from .corpus import open_tokens
 from .driver import blocks_wanted, resolve
 from .lease import DEAD_AFTER_S, FOLDER, parse_lease
-from .manifest import SPLITS, Segment, latest_version, read_manifest, read_records, record_key
+from .manifest import SPLITS, Segment, latest_version, read_manifest, read_records
 from .progress import format_count, format_duration
 from .segment_files import segment_records
 from .spec import Spec, dataset_name, token_store_name
@@ -106,9 +106,9 @@ class _Units:
         self._records: dict[str, tuple[str, int]] = {}
 
     def take_segment(self, store: Store, segment: Segment) -> None:
-        for split, sites, block, _ in segment_records(store, segment):
-            self.units |= {(split, block, site) for site in sites.split(",")}
-            self._records[record_key(split, block, sites.split(","))] = (split, block)
+        for name in segment_records(store, segment):
+            self.units |= {(name.split, name.block, site) for site in name.sites.split(",")}
+            self._records[name.key] = (name.split, name.block)
 
     def take_records(self, store: Store) -> None:
         """Those that no segment holds, and the times of all."""

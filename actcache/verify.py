@@ -35,7 +35,6 @@ from .manifest import (
     Manifest,
     Segment,
     read_manifest,
-    record_key,
 )
 from .order import permutation
 from .progress import Progress
@@ -210,7 +209,7 @@ class _Check:
         if self.segments_read:
             named = object_sizes(self.dataset._shared.objects(), self.layout)
             names = self.dataset._shared.records
-            self.held = {record_key(split, block, sites.split(",")) for split, sites, block, _ in names}
+            self.held = {name.key for name in names}
             for split in self.manifest.splits:
                 tables = self.attempt(lambda s=split: dict(self.dataset.split(s)._tables))
                 self.tables |= tables or {}

@@ -111,7 +111,7 @@ def _read(store: Any) -> Dataset:
 def _segments_bytes(store: Any, manifest: Any) -> dict[str, int]:
     found = dict.fromkeys(("records", "statistics", "objects"), 0)
     for file in (file for s in manifest.segments for file in s.files):
-        found[file.key.rpartition("-")[2].removesuffix(".parquet")] += len(store.read(file.key))
+        found[file.kind] += len(store.read(file.key))
     return found
 
 

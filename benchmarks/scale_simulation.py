@@ -693,7 +693,7 @@ def record_cost(sites: int, d_in: int, blocks: int = 8, rounds: int = 5) -> dict
                 RecordRows.of(BlockRecord.from_json(one, record.key))
     sizes = dict.fromkeys(("records", "statistics", "objects"), 0)
     for file in segment.files:
-        sizes[file.key.rpartition("-")[2].removesuffix(".parquet")] += len(store.read(file.key)) // blocks
+        sizes[file.kind] += len(store.read(file.key)) // blocks
     return {
         "sites": sites,
         "d_in": d_in,
