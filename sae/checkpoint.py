@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +21,15 @@ from actcache.errors import CorruptObject, FormatError, StoreError
 FORMAT = 2  # 1 had the logarithms of JumpReLU's thresholds
 CHECKPOINT_FILE = "checkpoint.safetensors"
 _STATE_KEY = "actcache.sae.state"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rank's part of a tensor: rows [first, first + len(tensor)) of `whole`, or all of it where whole is None."""
+
+    tensor: Tensor
+    first: int = 0
+    whole: int | None = None
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -24,7 +24,7 @@ _MAX_GROUP = 32  # columns under one group maximum: 16-32 were fastest at F 1536
 _GROUPS_PER_K = 3  # fewer groups than 3k let too many candidates through (1.6k at 1.5 k groups)
 _CACHED_ROWS = 128  # that become float32 at a time: 3 MB at F 6144
 _MARGIN = 8  # more candidates by bfloat16 than are kept: then 0 of 2,048 rows changed on four models
-_GUESS_SHARE = 0.95  # of the last threshold: batches differ by about 1 %, this adds ~10 % candidates
+GUESS_SHARE = 0.95  # of the last threshold: batches differ by about 1 %, this adds ~10 % candidates
 
 Array = Any
 """A numpy array where activations are on the CPU, else a tensor on their device."""
@@ -71,7 +71,10 @@ class Entries:
         """Without the entries that ReLU sets to zero; on a GPU, which would have to be waited for, with them."""
         if isinstance(self.values, Tensor):
             return self
-        keep_M = self.values > 0
+        return self.kept(self.values > 0)
+
+    def kept(self, keep_M: np.ndarray) -> "Entries":
+        """Only the entries of the mask; on the CPU."""
         if keep_M.all():
             return self
         starts = np.concatenate([[0], np.cumsum(keep_M)])[self.row_starts]
@@ -111,7 +114,7 @@ def largest_per_row(pre_NF: Tensor, k: int, scratch: Scratch, exact: Exact | Non
         if exact is not None:
             values_C = exact(rows_C, columns_C, starts)
         if not np.isnan(values_C).any():
-            keep_C = _keep_k_per_row(values_C, starts, counts_N, k)
+            keep_C = keep_k_per_row(values_C, starts, counts_N, k)
             return Entries(f, rows_C[keep_C], columns_C[keep_C], np.arange(n + 1) * k, values_C[keep_C])
     # a NaN compares false; topk ranks it first, and the loss will show it
     columns = torch.topk(pre_NF, k).indices.sort(dim=1).values.reshape(-1).numpy()
@@ -128,14 +131,8 @@ def largest_in_batch(pre_NF: Tensor, n_entries: int, scratch: Scratch) -> Entrie
     """
     if _elsewhere(pre_NF):
         return _entries_there(pre_NF, on_device.top_places(pre_NF, n_entries))
-    maxima_NG = _maxima(pre_NF, max(1, n_entries // max(len(pre_NF), 1)), scratch)
-    dtype = pre_NF.numpy().dtype
-    flat_C, values_C = np.empty(0, np.int64), np.empty(0, dtype)
-    for floor in (max(scratch.guess, 0.0), 0.0):
-        least = np.asarray(np.nextafter(dtype.type(floor), dtype.type(np.inf)))
-        flat_C, values_C = _at_least(pre_NF, least, maxima_NG, scratch)
-        if len(flat_C) >= n_entries:
-            break
+    per_row = n_entries // max(len(pre_NF), 1)
+    flat_C, values_C, _ = _above_guess(pre_NF, n_entries, per_row, scratch, lambda n: n)
     if len(flat_C) > n_entries:
         last = len(flat_C) - n_entries
         threshold = np.partition(values_C, last)[last]
@@ -143,8 +140,36 @@ def largest_in_batch(pre_NF: Tensor, n_entries: int, scratch: Scratch) -> Entrie
         ties = np.flatnonzero(values_C == threshold)
         keep_C[ties[: n_entries - np.count_nonzero(keep_C)]] = True
         flat_C, values_C = flat_C[keep_C], values_C[keep_C]
-    scratch.guess = _GUESS_SHARE * float(values_C.min(initial=np.inf)) if len(values_C) == n_entries else 0.0
+    scratch.guess = GUESS_SHARE * float(values_C.min(initial=np.inf)) if len(values_C) == n_entries else 0.0
     return _entries(pre_NF, flat_C, values_C)
+
+
+def above_guess(
+    pre_NF: Tensor, n_entries: int, per_row: int, scratch: Scratch, total: Callable[[int], int]
+) -> tuple[Entries, int]:
+    """(this process's candidates for the `n_entries` largest positive values, `total` of their number).
+
+    Args:
+        per_row: how many of them a row of `pre_NF` has about; it decides the speed only.
+        total: sums over processes that hold other values of the same batch.
+    """
+    flat_C, values_C, n = _above_guess(pre_NF, n_entries, per_row, scratch, total)
+    return _entries(pre_NF, flat_C, values_C), n
+
+
+def _above_guess(
+    pre_NF: Tensor, n_entries: int, per_row: int, scratch: Scratch, total: Callable[[int], int]
+) -> tuple[np.ndarray, np.ndarray, int]:
+    maxima_NG = _maxima(pre_NF, max(1, per_row), scratch)
+    dtype = pre_NF.numpy().dtype
+    flat_C, values_C, n = np.empty(0, np.int64), np.empty(0, dtype), 0
+    for floor in (max(scratch.guess, 0.0), 0.0):
+        least = np.asarray(np.nextafter(dtype.type(floor), dtype.type(np.inf)))
+        flat_C, values_C = _at_least(pre_NF, least, maxima_NG, scratch)
+        n = total(len(flat_C))
+        if n >= n_entries:
+            break
+    return flat_C, values_C, n
 
 
 def above(pre_NF: Tensor, floor_F: Tensor, scratch: Scratch) -> Entries:
@@ -261,7 +286,7 @@ def _known(values: Tensor) -> np.ndarray:
     return found
 
 
-def _keep_k_per_row(values_C: np.ndarray, starts: np.ndarray, counts_N: np.ndarray, k: int) -> np.ndarray:
+def keep_k_per_row(values_C: np.ndarray, starts: np.ndarray, counts_N: np.ndarray, k: int) -> np.ndarray:
     """Which candidates (row-major, at least k a row) are among their row's k largest."""
     width = int(counts_N.max(initial=k))
     if width == k:

@@ -305,15 +305,16 @@ class Trainer:
     def _finished(self, learner: Learner) -> SAE:
         """The SAE for the model's activations."""
         s, rotation_DD = learner.finished(self._cfg(learner)), self.rotations[str(learner.config.site)]
+        assert s is not None, "one process has all of it"
         return s if rotation_DD is None else turned(s, rotation_DD)
 
     def _save_checkpoint(self) -> None:
         if self.directory is None:
             return
         tensors = {
-            f"{i}.{name}": tensor.cpu()
+            f"{i}.{name}": piece.tensor.cpu()
             for i, learner in enumerate(self.learners)
-            for name, tensor in learner.tensors().items()
+            for name, piece in learner.pieces().items()
         }
         state = {
             "rows": self.rows,
@@ -326,8 +327,11 @@ class Trainer:
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         for i, learner in enumerate(self.learners):
             prefix = f"{i}."
-            own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            learner.restore(own, state["saes"][i])
+
+            def read(name: str, first: int = 0, stop: int | None = None, prefix: str = prefix) -> Tensor:
+                return tensors[prefix + name][first:stop] if stop is not None else tensors[prefix + name]
+
+            learner.restore(read, state["saes"][i])
         self.rows, self.step = state["rows"], state["step"]
         self.stream = resumed(self.stream, state["stream"], self.rows)
 

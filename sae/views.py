@@ -4,23 +4,31 @@ An architecture writes its loss in terms of a view. `Dense` holds [N, F] and lea
 autograd: slow and easy to check. `Chosen` holds one value for each chosen entry, and its `pre`
 and `decode` carry hand-written gradients (sae/sparse.py) that touch those entries only. Where the
 entries cover all that is not zero, both give the same loss and the same gradients. Both take
-x - b_dec already made, and differentiable: it is made once a step.
+x - b_dec already made, and differentiable: it is made once a step. Where a group of ranks trains
+(sae/group.py), a view holds this rank's rows and latents, `decode` gives the reconstruction by all latents, and
+`share` sums the rest.
 
 Shapes: N rows, D = d_in, F = d_sae, M chosen entries, P prefixes. "Per entry" is [N, F] or [M].
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import sparse
+from .group import ALONE, Share
 from .select import Entries
 
 Parameters = dict[str, Tensor]
-"""Of one SAE: W_enc_FD, b_enc_F, W_dec_FD, b_dec_D and what its architecture adds."""
+"""One SAE's W_enc_FD, b_enc_F, W_dec_FD, b_dec_D and what its architecture adds. Where latents are sharded, a
+rank holds its range of them, and `INPUT_BIAS` beside b_dec_D."""
+
+INPUT_BIAS = "b_in_D"
+"""b_dec as the encoder subtracts it, where latents are sharded: its gradient is a sum over ranks, that of b_dec
+in the reconstruction is whole on each. Absent where one process holds all latents."""
 
 
 class View(Protocol):
@@ -35,13 +43,18 @@ class View(Protocol):
         """x - b_dec."""
 
     @property
-    def n_rows(self) -> int: ...
+    def n_rows(self) -> int:
+        """Rows of the whole batch."""
+
+    @property
+    def share(self) -> Share:
+        """This rank's part of the batch."""
 
     def per_entry(self, values_F: Tensor) -> Tensor:
         """A value of each latent, per entry."""
 
     def per_latent(self, values: Tensor) -> Tensor:
-        """[F]: per-entry values summed over the rows."""
+        """[F]: per-entry values summed over this rank's rows."""
 
     def kept(self, values: Tensor) -> Tensor:
         """Zero where a rank-based architecture did not choose the entry."""
@@ -59,11 +72,21 @@ class View(Protocol):
 class Dense:
     """Every latent, by plain operations."""
 
-    def __init__(self, centred_ND: Tensor, p: Parameters, mask_NF: Tensor | None = None) -> None:
-        self.centred_ND = centred_ND
-        self.pre = self.centred_ND @ p["W_enc_FD"].T + p["b_enc_F"]
-        self.mask_NF = mask_NF
-        self.n_rows = len(centred_ND)
+    def __init__(
+        self,
+        centred_ND: Tensor,
+        p: Parameters,
+        mask_NF: Tensor | None = None,
+        share: Share | None = None,
+        first: int = 0,
+    ) -> None:
+        self.share = share or Share(ALONE, len(centred_ND))
+        self.n_rows, self._first = self.share.n_rows, first
+        self.centred_ND, self.mask_NF = centred_ND, mask_NF
+        entering_ND = centred_ND
+        if INPUT_BIAS in p:
+            entering_ND = _Entering.apply(centred_ND.detach(), p[INPUT_BIAS])
+        self.pre = entering_ND @ p["W_enc_FD"].T + p["b_enc_F"]
 
     def per_entry(self, values_F: Tensor) -> Tensor:
         return values_F.expand_as(self.pre)
@@ -75,22 +98,33 @@ class Dense:
         return values if self.mask_NF is None else values * self.mask_NF
 
     def decode(self, values: Tensor, W_dec_FD: Tensor) -> Tensor:
-        return values @ W_dec_FD
+        return self.share.over_latents(values @ W_dec_FD)
 
     def error(self, values: Tensor, W_dec_FD: Tensor) -> Tensor:
-        return values @ W_dec_FD - self.centred_ND
+        return self.decode(values, W_dec_FD) - self.centred_ND
 
     def decode_prefixes(self, values: Tensor, W_dec_FD: Tensor, ends: Sequence[int]) -> Tensor:
-        return torch.stack([values[:, :end] @ W_dec_FD[:end] for end in ends])
+        own = [max(end - self._first, 0) for end in ends]  # slices end where this rank's latents do
+        return self.share.over_latents(torch.stack([values[:, :end] @ W_dec_FD[:end] for end in own]))
 
 
 class Chosen:
     """The entries alone."""
 
-    def __init__(self, centred_ND: Tensor, p: Parameters, entries: Entries) -> None:
-        self.entries, self.n_rows, self.centred_ND = entries, entries.n_rows, centred_ND
+    def __init__(
+        self,
+        centred_ND: Tensor,
+        p: Parameters,
+        entries: Entries,
+        share: Share | None = None,
+        first: int = 0,
+    ) -> None:
+        self.share = share or Share(ALONE, len(centred_ND))
+        self.n_rows, self._first = self.share.n_rows, first
+        self.entries, self.centred_ND = entries, centred_ND
         self._b_dec_D = p["b_dec_D"]
-        self.pre = sparse.encode(entries, centred_ND.detach(), p["W_enc_FD"], p["b_enc_F"], p["b_dec_D"])
+        b_in_D = p.get(INPUT_BIAS, self._b_dec_D)
+        self.pre = sparse.encode(entries, centred_ND.detach(), p["W_enc_FD"], p["b_enc_F"], b_in_D)
 
     def per_entry(self, values_F: Tensor) -> Tensor:
         return sparse.pick(values_F, self.entries)
@@ -103,7 +137,10 @@ class Chosen:
         return values
 
     def decode(self, values: Tensor, W_dec_FD: Tensor) -> Tensor:
-        return sparse.decode(self.entries, values, W_dec_FD, self.entries.rows, self.entries.row_starts)
+        entries = self.entries
+        return self.share.over_latents(
+            sparse.decode(entries, values, W_dec_FD, entries.rows, entries.row_starts)
+        )
 
     def error(self, values: Tensor, W_dec_FD: Tensor) -> Tensor:
         return sparse.less(self.decode(values, W_dec_FD), self.centred_ND.detach(), self._b_dec_D)
@@ -111,8 +148,22 @@ class Chosen:
     def decode_prefixes(self, values: Tensor, W_dec_FD: Tensor, ends: Sequence[int]) -> Tensor:
         e, n_groups = self.entries, len(ends)
         columns_M = torch.as_tensor(e.columns)
-        group_M = torch.bucketize(columns_M, torch.tensor(ends, device=columns_M.device), right=True)
+        ends_P = torch.tensor(ends, device=columns_M.device)
+        group_M = torch.bucketize(columns_M + self._first, ends_P, right=True)
         bag_M = torch.as_tensor(e.rows) * n_groups + group_M  # ascending, for columns ascend within a row
         starts = F.pad(torch.bincount(bag_M, minlength=e.n_rows * n_groups).cumsum(0), (1, 0))
         parts = sparse.decode(e, values, W_dec_FD, bag_M, starts)
+        parts = self.share.over_latents(parts)
         return parts.view(e.n_rows, n_groups, -1).cumsum(1).transpose(0, 1)
+
+
+class _Entering(torch.autograd.Function):
+    """x - b_dec as it is, differentiable in the encoder's b_dec alone."""
+
+    @staticmethod
+    def forward(ctx: Any, centred_ND: Tensor, b_in_D: Tensor) -> Tensor:
+        return centred_ND.view_as(centred_ND)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, -grads[0].sum(0)

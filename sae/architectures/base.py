@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..group import Share
 from ..views import Parameters, View
 
 if TYPE_CHECKING:
@@ -163,8 +164,9 @@ class Architecture(ABC):
         return None
 
     @abstractmethod
-    def choose(self, pre_NF: Tensor, p: Parameters, scratch: "Scratch") -> "Entries":
-        """The entries outside which every value and every gradient of `loss` is zero."""
+    def choose(self, pre_NF: Tensor, p: Parameters, scratch: "Scratch", share: Share) -> "Entries":
+        """The entries outside which every value and every gradient of `loss` is zero: this rank's, of a choice
+        that the whole batch and all latents decide."""
 
     @abstractmethod
     def loss(self, view: View, p: Parameters, moment: Moment) -> Terms:
@@ -175,25 +177,26 @@ class Architecture(ABC):
         return {"b_enc": p["b_enc_F"]}
 
 
-def squared_error(error_ND: Tensor) -> Tensor:
-    """mean_N |x - x^|^2, summed over dimensions."""
-    found: Tensor = _SquaredError.apply(error_ND)
-    return found
+def squared_error(error_ND: Tensor, share: Share) -> Tensor:
+    """mean_N |x - x^|^2 over the whole batch, summed over dimensions."""
+    found: Tensor = _SquaredError.apply(error_ND, share.n_rows)
+    return share.over_rows(found)
 
 
 class _SquaredError(torch.autograd.Function):
     """Differentiated in one pass; autograd multiplies both sides of a dot product and adds them."""
 
     @staticmethod
-    def forward(ctx: Any, error_ND: Tensor) -> Tensor:
+    def forward(ctx: Any, error_ND: Tensor, n_rows: int) -> Tensor:
         ctx.save_for_backward(error_ND)
+        ctx.n_rows = n_rows
         flat = error_ND.reshape(-1)
-        return torch.dot(flat, flat) / error_ND.shape[-2]
+        return torch.dot(flat, flat) / n_rows
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (error_ND,) = ctx.saved_tensors
-        return error_ND * (grads[0] * (2 / error_ND.shape[-2]))
+        return error_ND * (grads[0] * (2 / ctx.n_rows)), None
 
 
 def check_coefficient(name: str, value: float) -> None:

@@ -21,7 +21,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..select import Entries, Scratch, largest_in_batch
+from ..group import Share
+from ..select import Entries, Scratch
+from ..select_over_ranks import largest_in_batch
 from .base import Parameters
 from .topk import TopK
 
@@ -44,8 +46,8 @@ class BatchTopK(TopK):
         chosen = torch.topk(flat, self.k * pre_NF.shape[0]).indices
         return torch.zeros_like(flat).scatter(0, chosen, 1).view_as(pre_NF)
 
-    def choose(self, pre_NF: Tensor, p: Parameters, scratch: Scratch) -> Entries:
-        return largest_in_batch(pre_NF, self.k * pre_NF.shape[0], scratch)
+    def choose(self, pre_NF: Tensor, p: Parameters, scratch: Scratch, share: Share) -> Entries:
+        return largest_in_batch(pre_NF, self.k * share.n_rows, scratch, share)
 
     def inference(self, p: Parameters, threshold: float | None) -> dict[str, Tensor]:
         # nothing fired yet: no latent may fire at inference either

@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..group import Share
 from ..select import Entries, Scratch, above
 from ..views import View
 from .base import Architecture, Moment, Optimiser, Parameters, Terms, check_coefficient, squared_error
@@ -45,7 +46,7 @@ class Gated(Architecture):
     def extra_parameters(self, dtype: torch.dtype) -> Parameters:
         return {name: torch.zeros(self.d_sae, dtype=dtype) for name in ("r_mag_F", "b_mag_F")}
 
-    def choose(self, pre_NF: Tensor, p: Parameters, scratch: Scratch) -> Entries:
+    def choose(self, pre_NF: Tensor, p: Parameters, scratch: Scratch, share: Share) -> Entries:
         return above(pre_NF, pre_NF.new_zeros(()), scratch)
 
     def loss(self, view: View, p: Parameters, moment: Moment) -> Terms:
@@ -56,8 +57,9 @@ class Gated(Architecture):
         error_ND = view.error(latents, p["W_dec_FD"])
         opened = torch.relu(gate)
         gate_error_ND = view.decode(opened, p["W_dec_FD"].detach()) - view.centred_ND.detach()
-        penalty = self.l1_coefficient * moment.sparsity * opened.sum() / view.n_rows
-        loss = squared_error(error_ND) + penalty + squared_error(gate_error_ND)
+        penalty = self.l1_coefficient * moment.sparsity * view.share.total(opened.sum()) / view.n_rows
+        fit = squared_error(error_ND, view.share)
+        loss = fit + penalty + squared_error(gate_error_ND, view.share)
         return Terms(loss, error_ND, latents)
 
     def inference(self, p: Parameters, threshold: float | None) -> dict[str, Tensor]:

@@ -35,6 +35,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..group import Share
 from ..select import Entries, Scratch, above
 from ..views import View
 from .base import Architecture, Moment, Optimiser, Parameters, Terms, check_coefficient, squared_error
@@ -81,7 +82,7 @@ class JumpReLU(Architecture):
     def extra_parameters(self, dtype: torch.dtype) -> Parameters:
         return {"threshold_F": torch.full((self.d_sae,), self.initial_threshold, dtype=dtype)}
 
-    def choose(self, pre_NF: Tensor, p: Parameters, scratch: Scratch) -> Entries:
+    def choose(self, pre_NF: Tensor, p: Parameters, scratch: Scratch, share: Share) -> Entries:
         return above(pre_NF, p["threshold_F"].detach() - self.bandwidth / 2, scratch)
 
     def loss(self, view: View, p: Parameters, moment: Moment) -> Terms:
@@ -90,13 +91,13 @@ class JumpReLU(Architecture):
         error_ND = view.error(latents, p["W_dec_FD"])
         active: Tensor = _Step.apply(view.pre, threshold, self.bandwidth)
         penalty = self.l0_coefficient * moment.sparsity * self._penalty(view, active)
-        return Terms(squared_error(error_ND) + penalty, error_ND, latents)
+        return Terms(squared_error(error_ND, view.share) + penalty, error_ND, latents)
 
     def _penalty(self, view: View, active: Tensor) -> Tensor:
         if self.frequency_scale is not None:
-            share_F = view.per_latent(active) / view.n_rows
-            return (share_F * (1 + share_F / self.frequency_scale)).sum()
-        l0 = active.sum() / view.n_rows
+            rate_F = view.share.over_rows(view.per_latent(active)) / view.n_rows
+            return view.share.over_latents((rate_F * (1 + rate_F / self.frequency_scale)).sum())
+        l0 = view.share.total(active.sum()) / view.n_rows
         return l0 if self.target_l0 is None else (l0 / self.target_l0 - 1).square()
 
     def inference(self, p: Parameters, threshold: float | None) -> dict[str, Tensor]:

@@ -68,4 +68,4 @@ class Matryoshka(BatchTopK):
         latents = view.kept(torch.relu(view.pre))
         recon_PND = view.decode_prefixes(latents, p["W_dec_FD"], moment.prefixes)
         error_PND = recon_PND - view.centred_ND
-        return Terms(squared_error(error_PND), error_PND[-1], latents)
+        return Terms(squared_error(error_PND, view.share), error_PND[-1], latents)

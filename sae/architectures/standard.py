@@ -22,6 +22,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..group import Share
 from ..select import Entries, Scratch, above
 from ..views import View
 from .base import Architecture, Moment, Optimiser, Parameters, Terms, check_coefficient, squared_error
@@ -59,7 +60,7 @@ class Standard(Architecture):
     def initial_norm(self) -> float:
         return 0.1 if self.decoder == "free" else 1.0
 
-    def choose(self, pre_NF: Tensor, p: Parameters, scratch: Scratch) -> Entries:
+    def choose(self, pre_NF: Tensor, p: Parameters, scratch: Scratch, share: Share) -> Entries:
         return above(pre_NF, pre_NF.new_zeros(()), scratch)
 
     def loss(self, view: View, p: Parameters, moment: Moment) -> Terms:
@@ -68,5 +69,5 @@ class Standard(Architecture):
         l1_F = view.per_latent(latents)
         if self.decoder == "free":
             l1_F = l1_F * torch.linalg.vector_norm(p["W_dec_FD"], dim=1)
-        penalty = self.l1_coefficient * moment.sparsity * l1_F.sum() / view.n_rows
-        return Terms(squared_error(error_ND) + penalty, error_ND, latents)
+        penalty = self.l1_coefficient * moment.sparsity * view.share.total(l1_F.sum()) / view.n_rows
+        return Terms(squared_error(error_ND, view.share) + penalty, error_ND, latents)

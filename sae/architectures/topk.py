@@ -17,8 +17,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..group import Share
 from ..revival import AuxK, Revival
-from ..select import Entries, Scratch, largest_per_row
+from ..select import Entries, Scratch
+from ..select_over_ranks import largest_per_row
 from ..views import View
 from .base import Architecture, Moment, Parameters, Terms, check_k, squared_error
 
@@ -63,10 +65,10 @@ class TopK(Architecture):
         chosen = torch.topk(pre_NF, self.k, dim=-1).indices
         return torch.zeros_like(pre_NF).scatter(-1, chosen, 1)
 
-    def choose(self, pre_NF: Tensor, p: Parameters, scratch: Scratch) -> Entries:
-        return largest_per_row(pre_NF, self.k, scratch).positive()
+    def choose(self, pre_NF: Tensor, p: Parameters, scratch: Scratch, share: Share) -> Entries:
+        return largest_per_row(pre_NF, self.k, scratch, share).positive()
 
     def loss(self, view: View, p: Parameters, moment: Moment) -> Terms:
         latents = view.kept(torch.relu(view.pre))
         error_ND = view.error(latents, p["W_dec_FD"])
-        return Terms(squared_error(error_ND), error_ND, latents)
+        return Terms(squared_error(error_ND, view.share), error_ND, latents)

@@ -43,4 +43,4 @@ class AuxK:
         view, values = dead.largest(min(k_aux, dead.n))
         miss_ND = view.decode(values, dead.own["W_dec_FD"]) + error_ND.detach()
         weight = self.aux_coefficient * min(dead.n / k_aux, 1.0)
-        return weight * miss_ND.square().sum() / len(miss_ND)
+        return weight * dead.share.over_rows(miss_ND.square().sum()) / dead.share.n_rows

@@ -38,6 +38,7 @@ class GhostGrads:
         residual_ND = -error_ND.detach()
         norm = torch.linalg.vector_norm
         ratio_N1 = norm(residual_ND, dim=1, keepdim=True) / (2 * norm(ghost_ND, dim=1, keepdim=True) + _TINY)
-        loss = (residual_ND - ghost_ND * ratio_N1.detach()).square().sum() / len(residual_ND)
+        squared = (residual_ND - ghost_ND * ratio_N1.detach()).square().sum()
+        loss = dead.share.over_rows(squared) / dead.share.n_rows
         loss = loss * (mse / (loss + _TINY)).detach()
         return loss * (dead.n / dead.n_latents) if self.scale_by_dead_share else loss

@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..group import ALONE, Axis
 from ..views import Parameters
 
 
@@ -55,20 +56,34 @@ class Resampling:
         row_loss_N: Tensor,
         dead_A: Tensor,
         generator: torch.Generator,
+        latents: Axis = ALONE.latents,
     ) -> None:
-        """Overwrite the dead latents' parameters; `initial` has the starting values of the extra ones."""
+        """Overwrite this rank's dead latents' parameters.
+
+        Args:
+            initial: starting values of the extra parameters.
+            x_ND, row_loss_N: the whole batch.
+            generator: in one state on all ranks, which draw for the dead latents of all.
+            latents: the ranks that hold the other latents.
+        """
+        dead_L = latents.gather(torch.tensor([len(dead_A)], device=x_ND.device)).flatten().tolist()
         weights_N = row_loss_N.double().square()
-        if not len(dead_A) or not weights_N.sum() > 0:
+        if not sum(dead_L) or not weights_N.sum() > 0:
             return
-        drawn_A = torch.multinomial(weights_N.cpu(), len(dead_A), replacement=True, generator=generator)
-        u_AD = x_ND[drawn_A.to(x_ND.device)] - p["b_dec_D"]
+        drawn = torch.multinomial(weights_N.cpu(), sum(dead_L), replacement=True, generator=generator)
+        first = sum(dead_L[: latents.rank])
+        drawn_A = drawn[first : first + len(dead_A)].to(x_ND.device)
+        u_AD = x_ND[drawn_A] - p["b_dec_D"]
         u_AD = u_AD / torch.linalg.vector_norm(u_AD, dim=1, keepdim=True).clamp_min(1e-12)
         live_F = torch.ones(len(p["b_enc_F"]), dtype=torch.bool, device=x_ND.device)
         live_F[dead_A] = False
-        if not live_F.any():
-            live_F[:] = True  # all are dead: their own norms are all there is
+        n_live = latents.sum_(live_F.sum())
+        if not n_live:  # all are dead: their own norms are all there is
+            live_F[:] = True
+            n_live = latents.sum_(live_F.sum())
         for name, scale in (("W_dec_FD", 1.0), ("W_enc_FD", self.encoder_scale)):
-            p[name][dead_A] = u_AD * (scale * torch.linalg.vector_norm(p[name][live_F], dim=1).mean())
+            norms = latents.sum_(torch.linalg.vector_norm(p[name][live_F], dim=1).sum())
+            p[name][dead_A] = u_AD * (scale * norms / n_live)
         p["b_enc_F"][dead_A] = 0
         for name, values_F in initial.items():
             p[name][dead_A] = values_F.to(x_ND.device)[dead_A]
