@@ -5,6 +5,7 @@
 Shapes: N rows, D = d_in.
 """
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -40,10 +41,10 @@ class Stream(Protocol):
 
 
 class ArrayBatch(Mapping[str, np.ndarray]):
-    """Rows of each site, aligned; `len` is the number of rows."""
+    """Rows of each site, aligned; `len` is the number of rows, `place` where each lies in the whole batch."""
 
-    def __init__(self, acts: dict[str, np.ndarray]) -> None:
-        self._acts = acts
+    def __init__(self, acts: dict[str, np.ndarray], place: np.ndarray) -> None:
+        self._acts, self.place = acts, place
 
     def __getitem__(self, site: str) -> np.ndarray:
         return self._acts[site]
@@ -89,11 +90,22 @@ class ArrayStream:
             raise ValueError("the activations have no rows")
         self.batch_size, self.seed, self.epochs = batch_size, seed, epochs
         self._epoch = self._row = 0
+        self._island = (0, 1)
         self._stats = cache(self._compute_stats)
 
     def stats(self, site: str) -> dict[str, Any]:
         """mean and variance float64 [D], mean_norm, max_abs, n_rows; computed at the first call."""
         return self._stats(site)
+
+    def for_rank(self, rank: int, world_size: int, gather: Any = None) -> "ArrayStream":
+        """The same stream from the same place for one of several ranks that all hold the array.
+
+        Each serves the rows of the ranks that it would exchange with (`gather.ranks`); there is nothing to exchange.
+        """
+        joined = [rank] if gather is None else list(gather.ranks)
+        found = copy.copy(self)
+        found._island = (joined[0] // len(joined), world_size // len(joined))
+        return found
 
     def state(self) -> dict[str, Any]:
         """Where the next batch starts; JSON-able."""
@@ -136,7 +148,9 @@ class ArrayStream:
                 yield self._batch(rows)
 
     def _batch(self, rows: np.ndarray) -> ArrayBatch:
-        return ArrayBatch({name: a[rows] for name, a in self._acts.items()})
+        island, islands = self._island
+        place = np.arange(island, len(rows), islands)
+        return ArrayBatch({name: a[rows[place]] for name, a in self._acts.items()}, place)
 
     def _compute_stats(self, site: str) -> dict[str, Any]:
         acts_ND = self._acts[site].astype(np.float64)

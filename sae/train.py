@@ -1,7 +1,9 @@
 """The training loop: one stream of batches, any number of SAEs, a directory that survives a kill.
 
 Settings are sae/training.py's, files sae/rundir.py's, a step sae/learner.py's; where batches come
-from is the stream's (`actcache` datasets, or `sae.ArrayStream`).
+from is the stream's (`actcache` datasets, or `sae.ArrayStream`). Every rank of a distributed run runs
+this loop (sae/spread.py says who trains what, sae/keeper.py what they decide together); sae/distributed.py
+starts the ranks.
 
 Shapes: N rows, D = d_in.
 """
@@ -11,22 +13,29 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from actcache.dispatch import Drain
 from actcache.errors import ActcacheError, SpecError
 from actcache.progress import Progress
 
 from .architectures import Architecture, config_to_dict
-from .core import SAE
+from .checkpoint import StoredCheckpoint
+from .checkpoint_writer import Piece
+from .core import SAE, load
+from .group import Share
+from .keeper import Keeper
 from .learner import Learner, geometric_median
 from .rotation import rotation_of, turned
-from .rundir import METRICS_FILE, RunDirectory, run_names
+from .rundir import METRICS_FILE, CheckpointSchedule, RunDirectory, run_names
+from .spread import Layout
 from .step import Outcome
 from .streams import Batch, Stream, dataset_of, resumed
 from .trackers import make_trackers
@@ -98,8 +107,12 @@ def train(
         return trainer.run()
 
 
+Told = Callable[[dict[str, Any]], None]
+"""Called on rank 0 with the figures of each logged step, for whoever shows them."""
+
+
 class Trainer:
-    """A run: learners, their stream and their directory. `train` is the usual way in."""
+    """A run, or a rank's part of it: learners, their stream and their directory. `train` is the usual way in."""
 
     def __init__(
         self,
@@ -112,8 +125,12 @@ class Trainer:
         log: Sequence[str] = (),
         storage_options: Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
+        layout: Layout | None = None,
+        tell: Told | None = None,
+        asked: Callable[[], bool] | None = None,
     ) -> None:
-        self.device = checked_device(device)
+        """`asked`: True once somebody asked this rank to stop; `tell` replaces the progress bar."""
+        self.device, self.layout = checked_device(device), layout or Layout()
         if not configs:
             raise ValueError(
                 "there is no SAE to train; give at least one config, e.g. sae.TopK(d_sae=1536, k=32)"
@@ -126,19 +143,37 @@ class Trainer:
                 f"n_rows is {training.n_rows:,}, but the stream serves {served} x {stream.n_rows:,} rows. "
                 f"Open it with epochs={math.ceil(training.n_rows / stream.n_rows)}, or ask for fewer rows."
             )
-        self.stream, self.training, self.start = stream, training, list(start)
+        self.stream, self.training, self.start = self.layout.stream(stream), training, list(start)
         self.configs = [replace(c, site=_resolve_site(c.site, stream.sites)) for c in configs]
         self.rows = self.step = 0
         self.stats = {site: stream.stats(site) for site in {str(c.site): None for c in self.configs}}
         self.rotations = {site: rotation_of(stream, site) for site in self.stats}
         self.names = run_names(self.configs)
-        self.learners = [self._learner(*both) for both in zip(self.configs, start, strict=True)]
+        self.learners = {
+            i: self._learner(*both)
+            for i, both in enumerate(zip(self.configs, start, strict=True))
+            if self.layout.trains(i)
+        }
+        """By the number of their config: those that this rank trains, or a part of."""
         self.directory = (
             None if out is None else RunDirectory(out, self.names, self._description(), storage_options)
         )
-        self.trackers = make_trackers(log, out)
+        first = self.layout.rank == 0
+        self.trackers = make_trackers(log, out) if first else []
+        self._drain = Drain()
+        self._tell = tell
+        schedule = CheckpointSchedule(training.checkpoint_every_rows, training.checkpoint_every_s)
+        self.keeper = Keeper(
+            self.layout.group,
+            self.directory,
+            schedule,
+            self._pieces,
+            self._state,
+            asked or (lambda: self._drain.asked),
+        )
         self._buffers: dict[str, Tensor] = {}
         self._log_rows, self._log_time, self._log_stall = 0, time.perf_counter(), 0.0
+        self._met_time, self._met_stall = time.perf_counter(), 0.0
 
     def open(self, resume: bool) -> list[SAE] | None:
         """Take up what the directory holds: a finished run is returned, a checkpoint restored.
@@ -148,25 +183,43 @@ class Trainer:
         """
         if self.directory is None:
             return None
-        found = self.directory.open(resume)
+        found = self._opened(self.directory, resume)
         if isinstance(found, list):
             logger.info("%s already holds this finished run; nothing to train", self.directory.path)
             return found
         if found is not None:
-            self._restore(*found)
+            self._restore(found)
             logger.info("%s: continuing after %s rows", self.directory.path, f"{self.rows:,}")
         return None
 
+    def _opened(self, directory: RunDirectory, resume: bool) -> StoredCheckpoint | list[SAE] | None:
+        """Rank 0 makes the directory ready, then the others look at what is there."""
+        group, found, error = self.layout.group, None, None
+        if group.rank == 0:
+            try:
+                found = directory.open(resume)
+            except ActcacheError as refused:
+                error = self.keeper.failure = refused
+        if group.numbers(error is not None).any():
+            self.keeper.raise_failure()
+        return found if group.rank == 0 else directory.look()
+
     def run(self) -> list[SAE]:
-        """Train to the end, and save."""
-        label = f"training {len(self.learners)} SAE{'s' if len(self.learners) > 1 else ''}"
+        """Train to the end, and save; the SAEs come back on rank 0."""
+        label = f"training {len(self.names)} SAE{'s' if len(self.names) > 1 else ''}"
         self._log_rows, self._log_time, self._log_stall = self.rows, time.perf_counter(), 0.0
+        self._met_time, self._met_stall = time.perf_counter(), 0.0
         if self.rows < self.training.n_rows:
             for tracker in self.trackers:
                 tracker.start(self._description(), self.step)
             batches = iter(self.stream)
+            shown = self._tell is None and self.layout.rank == 0
+            total = self.training.n_rows
             try:
-                with Progress(label, total=self.training.n_rows, unit="rows", done=self.rows) as progress:
+                with (
+                    self._drain,
+                    Progress(label, total=total, unit="rows", done=self.rows, show=shown) as progress,
+                ):
                     self._loop(batches, progress)
             finally:
                 close = getattr(batches, "close", None)  # ends the threads of a stream that reads ahead
@@ -174,72 +227,92 @@ class Trainer:
                     close()
                 for tracker in self.trackers:
                     tracker.close()
-        saes = [self._finished(learner) for learner in self.learners]
-        if self.directory is not None:
-            self.directory.finish(saes)
-        return saes
+        return self._finish()
 
     def _loop(self, batches: Iterator[Batch], progress: Progress) -> None:
         while self.rows < self.training.n_rows:
             waiting_since = time.perf_counter()
             batch = next(batches, None)
-            self._log_stall += time.perf_counter() - waiting_since
+            waited = time.perf_counter() - waiting_since
+            self._log_stall, self._met_stall = self._log_stall + waited, self._met_stall + waited
             if batch is None:
-                self._save_checkpoint()
+                self.keeper.save(self.rows)
                 raise SpecError(
                     f"the stream ended after {self.rows:,} rows, but n_rows is {self.training.n_rows:,}. "
                     "Ask for more epochs of the stream, or for fewer rows."
                 )
-            if len(batch) == 0:
+            share, n = self.layout.share(batch, self.training.n_rows - self.rows)
+            if share.n_rows == 0:
                 continue
-            n = min(len(batch), self.training.n_rows - self.rows)
-            outcomes = self._train_batch(batch, n)
-            every = self.training.checkpoint_every_rows
-            due = self.rows // every > (self.rows - n) // every
+            outcomes = self._train_batch(batch, share, n)
+            last = self.rows == self.training.n_rows
+            if self.keeper.due(self.step) or last:
+                self._meet()
             shown = {}
-            if (self.step - 1) % self.training.log_every == 0 or self.rows == self.training.n_rows:
-                shown = self._log(outcomes, n)
-            progress.advance(n, **shown)
-            if due and self.rows < self.training.n_rows:
-                self._save_checkpoint()
+            if (self.step - 1) % self.training.log_every == 0 or last:
+                shown = self._log(outcomes, share.n_rows)
+            progress.advance(share.n_rows, **shown)
+        self.keeper.close()
 
-    def _train_batch(self, batch: Batch, n: int) -> list[Outcome]:
-        """One step of every SAE; each loss is checked before it changes that SAE's weights."""
+    def _meet(self) -> None:
+        now = time.perf_counter()
+        stall = self._met_stall / max(now - self._met_time, 1e-9)
+        self._met_time, self._met_stall = now, 0.0
+        if self.rows < self.training.n_rows:
+            self.keeper.meet(self.rows, stall)
+        elif self.layout.spread.dealt:
+            self.keeper.meet_last()
+
+    def _train_batch(self, batch: Batch, share: Share, n: int) -> dict[int, Outcome]:
+        """One step of every SAE of this rank; each loss is checked before it changes that SAE's weights."""
         scaled = {site: self._scaled(batch, site, n) for site in self.stats}
         if self.rows == 0:
-            for learner, started in zip(self.learners, self.start, strict=True):
-                if started is None:
-                    learner.set_b_dec(_centre(scaled[str(learner.config.site)], self.training.b_dec_init))
-        outcomes = []
-        for learner, name in zip(self.learners, self.names, strict=True):
-            x_ND = scaled[str(learner.config.site)]
-            outcome = learner.gradients(x_ND)
-            if not math.isfinite(outcome.loss):
-                self._raise_non_finite(name, outcome, batch[str(learner.config.site)][:n])
-            learner.apply(outcome, x_ND)
-            outcomes.append(outcome)
-        self.rows += n
+            self._set_b_dec(scaled, share)
+        outcomes = {}
+        for i, learner in self.learners.items():
+            site = str(learner.config.site)
+            outcome = learner.gradients(scaled[site], share)
+            if math.isfinite(outcome.loss) and self.keeper.failure is None:
+                learner.apply(outcome, scaled[site])
+            elif self.keeper.failure is None:
+                self._refuse_non_finite(self.names[i], outcome, batch[site][:n])
+            outcomes[i] = outcome
+        self.rows += share.n_rows
         self.step += 1
         return outcomes
 
+    def _set_b_dec(self, scaled: Mapping[str, Tensor], share: Share) -> None:
+        """First decoder biases, from the whole first batch."""
+        centres: dict[str, Tensor] = {}
+        for i, learner in self.learners.items():
+            site = str(learner.config.site)
+            if self.start[i] is None:
+                if site not in centres:
+                    centres[site] = _centre(share.whole(scaled[site]), self.training.b_dec_init)
+                learner.set_b_dec(centres[site])
+
     def _scaled(self, batch: Batch, site: str, n: int) -> Tensor:
-        acts_ND = batch[site]
+        acts_ND: Any = batch[site]
         d_in = len(self.stats[site]["mean"])
         if acts_ND.ndim != 2 or acts_ND.shape[1] != d_in:
             raise SpecError(
-                f"a batch of {site} has shape {acts_ND.shape}; the stream's statistics say d_in {d_in}. "
+                f"a batch of {site} has shape {tuple(acts_ND.shape)}; the stream's statistics say d_in {d_in}. "
                 "Open the stream of the dataset that the statistics describe."
             )
+        scale = np.float32(input_factor(self.stats[site], self.training.input_scale))
+        if isinstance(acts_ND, Tensor):  # of a stream with a device: scaled where it is
+            return acts_ND[:n].to(self.device, torch.float32) * float(scale)
         if site not in self._buffers or len(self._buffers[site]) < n:
             self._buffers[site] = torch.empty(
                 max(n, self.stream.batch_size), d_in, pin_memory=self.device.type == "cuda"
             )
         x_ND = self._buffers[site][:n]
-        scale = np.float32(input_factor(self.stats[site], self.training.input_scale))
         np.multiply(acts_ND[:n], scale, out=x_ND.numpy(), casting="same_kind")
         return x_ND.to(self.device, non_blocking=True)  # each step ends by reading its loss, so it was copied
 
-    def _raise_non_finite(self, name: str, outcome: Outcome, acts_ND: np.ndarray) -> None:
+    def _refuse_non_finite(self, name: str, outcome: Outcome, acts: Any) -> None:
+        """Raise; where whole SAEs are dealt, other ranks do not know the loss, and are told when they meet."""
+        acts_ND: np.ndarray = np.asarray(torch.as_tensor(acts).float().cpu())
         bad = np.flatnonzero(~np.isfinite(acts_ND).all(axis=1))
         if len(bad):
             cause = f"{len(bad)} of its {len(acts_ND)} rows hold inf or NaN, first row {bad[0]} of the batch"
@@ -248,14 +321,17 @@ class Trainer:
             cause = "its rows are finite, so training diverged"
             remedy = "Lower the learning rate or raise lr_warmup_rows, and train into a new directory."
         kept = ""
-        if self.directory is not None and self.directory.has_checkpoint:
+        if self.directory is not None and self.keeper.saved_rows is not None:
             kept = f" The last checkpoint in {self.directory.path} is intact."
-        raise NonFiniteLoss(
+        failure = NonFiniteLoss(
             f"the loss of {name} is {outcome.loss} at step {self.step + 1} (batch {self.step}, rows {self.rows:,} "
             f"to {self.rows + len(acts_ND):,}): {cause}. {remedy}{kept}"
         )
+        if not self.layout.spread.dealt:
+            raise failure
+        self.keeper.failure = failure
 
-    def _log(self, outcomes: list[Outcome], n: int) -> dict[str, str]:
+    def _log(self, outcomes: Mapping[int, Outcome], n: int) -> dict[str, str]:
         """Append a line for every SAE; returns what the progress bar shows. Losses are of this batch."""
         now = time.perf_counter()
         elapsed = max(now - self._log_time, 1e-9)
@@ -264,14 +340,33 @@ class Trainer:
             "stall_share": round(self._log_stall / elapsed, 4),
         }
         self._log_rows, self._log_time, self._log_stall = self.rows, now, 0.0
-        lines = [
-            self._metrics(learner, outcome, n) | speed
-            for learner, outcome in zip(self.learners, outcomes, strict=True)
-        ]
+        if self.layout.world > 1:
+            stalls = [round(stall, 4) for stall in self.keeper.stalls]
+            speed |= {"world_size": self.layout.world, "stall_by_rank": stalls}
+            speed["stall_share"] = max(stalls, default=speed["stall_share"])
+        own = {i: self._metrics(self.learners[i], outcome, n) | speed for i, outcome in outcomes.items()}
+        lines = self._all_lines(own)
+        if self.layout.rank:
+            return {}
         if self.directory is not None:
             self.directory.append_metrics(lines)
         for tracker in self.trackers:
             tracker.log(dict(zip(self.names, lines, strict=True)), self.step)
+        shown = self._shown(lines, speed)
+        if self._tell is not None:
+            self._tell({"rows": self.rows, "shown": shown, **speed})
+        return shown
+
+    def _all_lines(self, own: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
+        """Metrics of every SAE, in order; whole SAEs are told by their ranks."""
+        if not self.layout.spread.dealt:
+            return list(own.values())
+        told = self.layout.group.objects({str(i): line for i, line in own.items()})
+        joined = {int(i): line for part in told for i, line in part.items()}
+        return [joined[i] for i in range(len(self.names))]
+
+    def _shown(self, lines: Sequence[Mapping[str, Any]], speed: Mapping[str, Any]) -> dict[str, str]:
+        """What the progress bar shows beside rows and rate."""
         return {
             "loss": "/".join(f"{line['loss']:.4g}" for line in lines),
             "fvu": "/".join(f"{line['fvu']:.3f}" for line in lines),
@@ -296,44 +391,69 @@ class Trainer:
         stats = self.stats[str(config.site)]
         scale = input_factor(stats, self.training.input_scale)
         rules = self.training.rules(config)
-        learner = Learner(config, len(stats["mean"]), scale, rules, self.training.seed, device=self.device)
+        learner = Learner(
+            config,
+            len(stats["mean"]),
+            scale,
+            rules,
+            self.training.seed,
+            device=self.device,
+            group=self.layout.learner_group,
+        )
         if start is not None:
             rotation_DD = self.rotations[str(config.site)]
             learner.start_from(start if rotation_DD is None else turned(start, rotation_DD.T))
         return learner
 
-    def _finished(self, learner: Learner) -> SAE:
-        """The SAE for the model's activations."""
-        s, rotation_DD = learner.finished(self._cfg(learner)), self.rotations[str(learner.config.site)]
-        assert s is not None, "one process has all of it"
-        return s if rotation_DD is None else turned(s, rotation_DD)
+    def _finish(self) -> list[SAE]:
+        """Save what was trained; rank 0 marks the run as finished when all of it is there."""
+        saes = {i: self._finished(learner) for i, learner in self.learners.items()}
+        own = {i: s for i, s in saes.items() if s is not None}
+        group, directory = self.layout.group, self.directory
+        if directory is None:
+            return list(own.values())
+        if group.rank == 0:
+            directory.sync_metrics()
+        for i, s in own.items():
+            directory.save(i, s)
+        group.numbers(0)  # every rank has saved its own
+        if group.rank:
+            return []
+        directory.mark_finished()
+        options = directory.storage_options
+        return [
+            own[i] if i in own else load(f"{directory.path}/{name}", options) for i, name in enumerate(self.names)
+        ]
 
-    def _save_checkpoint(self) -> None:
-        if self.directory is None:
-            return
-        tensors = {
-            f"{i}.{name}": piece.tensor.cpu()
-            for i, learner in enumerate(self.learners)
+    def _finished(self, learner: Learner) -> SAE | None:
+        """The SAE for the model's activations; None on a rank that holds only a part of it."""
+        s, rotation_DD = learner.finished(self._cfg(learner)), self.rotations[str(learner.config.site)]
+        return s if s is None or rotation_DD is None else turned(s, rotation_DD)
+
+    def _pieces(self) -> dict[str, Piece]:
+        return {
+            f"{i}.{name}": piece
+            for i, learner in self.learners.items()
             for name, piece in learner.pieces().items()
         }
-        state = {
+
+    def _state(self) -> dict[str, Any]:
+        own = {str(i): learner.state() for i, learner in self.learners.items()}
+        if self.layout.spread.dealt:
+            own = {i: state for part in self.layout.group.objects(own) for i, state in part.items()}
+        return {
             "rows": self.rows,
             "step": self.step,
             "stream": self.stream.state(),
-            "saes": [learner.state() for learner in self.learners],
+            "saes": [own[str(i)] for i in range(len(self.names))],
         }
-        self.directory.save_checkpoint(tensors, state)
 
-    def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        for i, learner in enumerate(self.learners):
-            prefix = f"{i}."
-
-            def read(name: str, first: int = 0, stop: int | None = None, prefix: str = prefix) -> Tensor:
-                return tensors[prefix + name][first:stop] if stop is not None else tensors[prefix + name]
-
-            learner.restore(read, state["saes"][i])
-        self.rows, self.step = state["rows"], state["step"]
-        self.stream = resumed(self.stream, state["stream"], self.rows)
+    def _restore(self, stored: StoredCheckpoint) -> None:
+        for i, learner in self.learners.items():
+            learner.restore(partial(_read, stored, f"{i}."), stored.state["saes"][i])
+        self.rows, self.step = stored.state["rows"], stored.state["step"]
+        self.keeper.saved_rows = self.rows
+        self.stream = resumed(self.stream, stored.state["stream"], self.rows)
 
     def _description(self) -> dict[str, Any]:
         """What makes two runs the same run."""
@@ -401,6 +521,10 @@ def checked_device(device: torch.device | str) -> torch.device:
             "with a GPU and a torch built for it"
         ) from error
     return found
+
+
+def _read(stored: StoredCheckpoint, prefix: str, name: str, first: int = 0, stop: int | None = None) -> Tensor:
+    return stored.read(prefix + name, first, stop)
 
 
 def _version() -> str | None:

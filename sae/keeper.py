@@ -1,0 +1,187 @@
+"""What the ranks of a run decide together: to save, to stop, that one of them failed.
+
+Ranks meet every few steps (`meet`) and exchange a few numbers on the host. Rank 0 decides when a checkpoint
+is due; each rank's thread writes its part while training goes on; once all have written, rank 0 completes
+the checkpoint at a later meeting. A rank that was asked to stop, or failed, says so there, and all of them
+save, or raise, at one step. One process meets itself at every step.
+"""
+
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from actcache.dispatch import Drain
+from actcache.errors import ActcacheError, Drained
+
+from .checkpoint import PartInfo
+from .checkpoint_writer import CheckpointWriter, Piece
+from .group import Group
+from .rundir import CheckpointSchedule, RunDirectory
+
+MEETING_STEPS = 20
+"""Steps between meetings of several ranks."""
+
+State = Callable[[], dict[str, Any]]
+"""The JSON state of a checkpoint; called on every rank."""
+
+Pieces = Callable[[], Mapping[str, Piece]]
+"""This rank's part of the tensors."""
+
+
+class Keeper:
+    """Saves a run of one rank or several; keeps nothing without a directory.
+
+    Args:
+        group: all ranks of the run.
+        directory: None keeps nothing.
+        schedule: when a checkpoint is due.
+        pieces, state: what a checkpoint holds.
+        asked: True once somebody asked this process to stop.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        directory: RunDirectory | None,
+        schedule: CheckpointSchedule,
+        pieces: Pieces,
+        state: State,
+        asked: Callable[[], bool],
+    ) -> None:
+        self.group, self.directory, self._schedule = group, directory, schedule
+        self._pieces, self._state, self._asked = pieces, state, asked
+        attempt = self.group.objects(secrets.token_hex(4))[0]
+        self._writer: CheckpointWriter | None = None
+        if directory is not None:
+            self._writer = CheckpointWriter(directory.files.store, group.rank, group.world, attempt)
+        self._part: PartInfo | None = None
+        self._begun: dict[str, Any] | None = None
+        """State of the checkpoint that is being written, where rank 0 will complete it."""
+        self._begun_rows: int | None = None
+        self.saved_rows: int | None = None
+        """Rows of the newest complete checkpoint."""
+        self.failure: ActcacheError | None = None
+        """Set by a rank that can not go on; every rank raises it at the next meeting."""
+        self.stalls: list[float] = []
+        """Of each rank, as told at the last meeting."""
+
+    def due(self, step: int) -> bool:
+        """True where the ranks meet: at every step of one process, at every twentieth of several."""
+        return self.group.world == 1 or step % MEETING_STEPS == 0
+
+    def meet(self, rows: int, stall: float) -> None:
+        """Exchange, then save, complete a checkpoint, stop or raise, on all ranks alike.
+
+        Raises:
+            ActcacheError: what a rank failed by.
+            Drained: somebody asked a rank to stop; the run is saved.
+        """
+        self._look()
+        first = self.group.rank == 0
+        numbers_WN = self.group.numbers(
+            self.failure is not None,
+            self._asked(),
+            first and self._schedule.due(rows, time.monotonic()),
+            self._part is not None,
+            stall,
+        )
+        self.stalls = numbers_WN[:, 4].tolist()
+        failed, asked, due, written = numbers_WN[:, :4].any(0)
+        if failed:
+            self.raise_failure()
+        if self._begun_rows is not None and numbers_WN[:, 3].all():
+            self._complete()
+        if asked:
+            self._stop(rows)
+        if due:
+            self.begin(rows)
+
+    def meet_last(self) -> None:
+        """After the last step: raise on all ranks what one of them failed by."""
+        if self.group.numbers(self.failure is not None).any():
+            self.raise_failure()
+
+    def begin(self, rows: int) -> None:
+        """Copy this rank's part and write it in a thread; first complete the checkpoint before."""
+        if self._writer is None:
+            return
+        if self._begun_rows is not None:
+            self._finish_part()
+        state = self._state()
+        self._begun_rows = rows
+        self._begun = self.directory.begun(state) if self.group.rank == 0 and self.directory else None
+        self._writer.begin(self._pieces(), rows)
+        self._schedule.begun(rows, time.monotonic())
+
+    def save(self, rows: int) -> None:
+        """A checkpoint of this moment, complete when this returns; nothing where it is already there."""
+        if self._writer is None:
+            return
+        if rows not in (self._begun_rows, self.saved_rows):
+            self.begin(rows)
+        if self._begun_rows is not None:
+            self._finish_part()
+
+    def close(self) -> None:
+        """End of the run: wait for what is being written."""
+        if self._begun_rows is not None:
+            self._finish_part()
+
+    def _look(self) -> None:
+        """Take up what the writer's thread has ended with."""
+        if self._writer is None or self._begun_rows is None or self._part is not None or self.failure:
+            return
+        try:
+            self._part = self._writer.written()
+        except ActcacheError as error:
+            self.failure = error
+
+    def _finish_part(self) -> None:
+        assert self._writer is not None, "something was begun"
+        if self._part is None and self.failure is None:
+            try:
+                self._part = self._writer.wait()
+            except ActcacheError as error:
+                self.failure = error
+        if self.group.numbers(self.failure is not None).any():
+            self.raise_failure()
+        self._complete()
+
+    def _complete(self) -> None:
+        """All parts are written: rank 0 makes them a checkpoint."""
+        parts, rows = self.group.objects(self._part), self._begun_rows
+        self._part = self._begun_rows = None
+        error: ActcacheError | None = None
+        if self.group.rank == 0:
+            assert self.directory is not None and rows is not None and self._begun is not None
+            try:
+                self.directory.complete_checkpoint(rows, self._begun, parts)
+            except ActcacheError as found:
+                error = found
+        self.failure = error
+        if self.group.numbers(error is not None).any():
+            self.raise_failure()
+        self.saved_rows = rows
+
+    def _stop(self, rows: int) -> None:
+        self.save(rows)
+        kept = "nothing was kept: the run has no directory"
+        if self.directory is not None:
+            kept = f"saved in {self.directory.path}; run the same again to continue"
+        raise Drained(f"stopped after {rows:,} rows, {kept}")
+
+    def raise_failure(self) -> None:
+        """Raise one rank's failure on all of them; every rank calls this."""
+        told = self.group.objects(None if self.failure is None else str(self.failure))
+        if self.failure is not None:
+            raise self.failure
+        rank, text = next((rank, text) for rank, text in enumerate(told) if text is not None)
+        raise RankFailed(f"rank {rank}: {text}")
+
+
+class RankFailed(ActcacheError, RuntimeError):
+    """Another rank of the run failed; the message is its own."""
+
+
+__all__ = ["MEETING_STEPS", "Drain", "Keeper", "RankFailed"]
