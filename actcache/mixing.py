@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -220,10 +220,11 @@ class MixedStream:
             while self._row < self.n_rows:
                 end = min(self._row + self.batch_size, self.n_rows)
                 counts_K = self._schedule.counts(end)
-                pieces = []
+                pieces, n_rows = [], 0
                 for i, stream in enumerate(self._streams):
-                    while stream.position < counts_K[i]:
-                        pieces.append((i, next(iterators[i])))
+                    while (begin := stream.position) < counts_K[i]:
+                        pieces.append(_Piece(i, next(iterators[i]), n_rows))
+                        n_rows += stream.position - begin
                 self._row = end
                 yield _joined(pieces)
 
@@ -234,15 +235,25 @@ class MixedStream:
             yield int(self._schedule.counts(row)[i])
 
 
-def _joined(pieces: list[tuple[int, Batch]]) -> MixedBatch:
-    batches = [batch for _, batch in pieces]
-    source = np.concatenate([np.full(len(batch), i) for i, batch in pieces])
+class _Piece(NamedTuple):
+    """Rows of one dataset, and one pass over it, in a batch."""
+
+    source: int
+    batch: Batch
+    begin: int
+    """The place of its first row, whoever serves that."""
+
+
+def _joined(pieces: list[_Piece]) -> MixedBatch:
+    batches = [piece.batch for piece in pieces]
+    source = np.concatenate([np.full(len(piece.batch), piece.source) for piece in pieces])
+    place = np.concatenate([piece.begin + piece.batch.place for piece in pieces])
     acts = {site: _concatenate([batch[site] for batch in batches]) for site in batches[0].acts}
     rows = None
     if batches[0]._rows is not None:
         names = ("token_id", "sequence", "position")
         rows = Rows(*(_concatenate([getattr(batch, name) for batch in batches]) for name in names))
-    return MixedBatch(acts, rows, source)
+    return MixedBatch(acts, rows, place, source)
 
 
 def _concatenate(parts: list[Any]) -> Any:
@@ -465,7 +476,7 @@ class ZippedStream:
                     for name, batch in zip(self._streams, batches, strict=True)
                     for site in batch.acts
                 }
-                yield Batch(acts, batches[0]._rows)
+                yield Batch(acts, batches[0]._rows, batches[0].place)
 
 
 def _check_same(ours: Mapping[str, Any], state: Mapping[str, Any], what: str) -> None:
