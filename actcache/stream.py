@@ -8,7 +8,7 @@ Shapes: N rows, D = d_in.
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -111,6 +111,9 @@ class Stream:
 
     Background threads read ahead, one window a lane and one batch; an error there reaches the
     consumer at the batch that needs the data. The end, or leaving the loop, ends the threads.
+
+    A pickle of it holds its dataset's URL, version and storage options, its own options and its state:
+    another process opens it again and goes on where it stood. One of `memory://` opens in its own process only.
     """
 
     def __init__(
@@ -176,6 +179,14 @@ class Stream:
     def state(self) -> dict[str, Any]:
         """Where the stream stands, as JSON: the order's parameters and the next global row."""
         return {**self._order_id(), "epoch": self._epoch, "row": self._row}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Stream, (self.dataset, self.sites, self.options, self.state())
+
+    def for_rank(self, rank: int, world_size: int) -> "Stream":
+        """The same stream, from where this one stands, as one rank of `world_size` serves it."""
+        options = replace(self.options, rank=rank, world_size=world_size)
+        return Stream(self.dataset, self.sites, options, self.state())
 
     def __len__(self) -> int:
         """Batches in all epochs."""
