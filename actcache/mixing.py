@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -103,7 +103,15 @@ def mix(
         SpecError: bad weights, sites that some dataset lacks or that differ in width, or a state of
             another mix.
     """
-    asked = StreamOptions(**options)
+    return _mixed(parts, sites, StreamOptions(**options), state)
+
+
+def _mixed(
+    parts: Sequence[tuple["Dataset", float]],
+    sites: Sequence[str] | str | None,
+    asked: StreamOptions,
+    state: Mapping[str, Any] | None,
+) -> "MixedStream":
     if asked.rotated:
         raise SpecError("each dataset of a mix has its own rotation; leave rotated out")
     if asked.drop_last:
@@ -125,7 +133,7 @@ def mix(
         _MixPart(dataset, chosen, replace(asked, window=window), train_stats=train_stats)
         for dataset, window in zip(datasets, windows, strict=True)
     ]
-    return MixedStream(streams, schedule, state)
+    return MixedStream(parts, streams, schedule, asked, state)
 
 
 def _windows(state: Mapping[str, Any] | None, n: int, window: int | None) -> list[int | None]:
@@ -164,11 +172,17 @@ class _MixPart(Stream):
 
 
 class MixedStream:
-    """An iterator of `MixedBatch`; as `Stream`, with `state()` between any two batches."""
+    """An iterator of `MixedBatch`; as `Stream`, with `state()` between any two batches, and it pickles."""
 
     def __init__(
-        self, streams: list[_MixPart], schedule: Schedule, state: Mapping[str, Any] | None = None
+        self,
+        parts: Sequence[tuple["Dataset", float]],
+        streams: list[_MixPart],
+        schedule: Schedule,
+        options: StreamOptions,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
+        self._parts, self.options = list(parts), options
         self._streams, self._schedule, self._row = streams, schedule, 0
         first = streams[0]
         self.sites, self.batch_size = first.sites, first.batch_size
@@ -178,6 +192,14 @@ class MixedStream:
             raise SpecError("the datasets are too small for these weights: the first row is one too many")
         if state is not None:
             self.restore(state)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _mixed, (self._parts, self.sites, self.options, self.state())
+
+    def for_rank(self, rank: int, world_size: int) -> "MixedStream":
+        """As `Stream.for_rank`."""
+        options = replace(self.options, rank=rank, world_size=world_size)
+        return _mixed(self._parts, self.sites, options, self.state())
 
     def __len__(self) -> int:
         return -(-self.n_rows // self.batch_size)
@@ -220,10 +242,11 @@ class MixedStream:
             while self._row < self.n_rows:
                 end = min(self._row + self.batch_size, self.n_rows)
                 counts_K = self._schedule.counts(end)
-                pieces = []
+                pieces, n_rows = [], 0
                 for i, stream in enumerate(self._streams):
-                    while stream.position < counts_K[i]:
-                        pieces.append((i, next(iterators[i])))
+                    while (begin := stream.position) < counts_K[i]:
+                        pieces.append(_Piece(i, next(iterators[i]), n_rows))
+                        n_rows += stream.position - begin
                 self._row = end
                 yield _joined(pieces)
 
@@ -234,15 +257,25 @@ class MixedStream:
             yield int(self._schedule.counts(row)[i])
 
 
-def _joined(pieces: list[tuple[int, Batch]]) -> MixedBatch:
-    batches = [batch for _, batch in pieces]
-    source = np.concatenate([np.full(len(batch), i) for i, batch in pieces])
+class _Piece(NamedTuple):
+    """Rows of one dataset, and one pass over it, in a batch."""
+
+    source: int
+    batch: Batch
+    begin: int
+    """The place of its first row, whoever serves that."""
+
+
+def _joined(pieces: list[_Piece]) -> MixedBatch:
+    batches = [piece.batch for piece in pieces]
+    source = np.concatenate([np.full(len(piece.batch), piece.source) for piece in pieces])
+    place = np.concatenate([piece.begin + piece.batch.place for piece in pieces])
     acts = {site: _concatenate([batch[site] for batch in batches]) for site in batches[0].acts}
     rows = None
     if batches[0]._rows is not None:
         names = ("token_id", "sequence", "position")
         rows = Rows(*(_concatenate([getattr(batch, name) for batch in batches]) for name in names))
-    return MixedBatch(acts, rows, source)
+    return MixedBatch(acts, rows, place, source)
 
 
 def _concatenate(parts: list[Any]) -> Any:
@@ -349,7 +382,11 @@ class Zipped:
         A `where` on tokens or sequences holds for all; one on norms is refused. `prefetch_bytes` holds for
         each dataset.
         """
-        asked = StreamOptions(**options)
+        return self._stream(sites, StreamOptions(**options), state)
+
+    def _stream(
+        self, sites: Sequence[str] | str | None, asked: StreamOptions, state: Mapping[str, Any] | None
+    ) -> "ZippedStream":
         if asked.rotated:
             raise SpecError("aligned datasets are served as decoded; leave rotated out")
         chosen: dict[str, list[str]] = {}
@@ -367,7 +404,7 @@ class Zipped:
             )
             for i, (name, inner) in enumerate(chosen.items())
         }
-        return ZippedStream(streams, state)
+        return ZippedStream(self, streams, asked, state)
 
 
 class _ZipPart(Stream):
@@ -409,10 +446,16 @@ class _SplitOrder(Order):
 
 
 class ZippedStream:
-    """An iterator of batches of aligned datasets; as `Stream`."""
+    """An iterator of batches of aligned datasets; as `Stream`, and it pickles."""
 
-    def __init__(self, streams: dict[str, _ZipPart], state: Mapping[str, Any] | None = None) -> None:
-        self._streams = streams
+    def __init__(
+        self,
+        zipped: Zipped,
+        streams: dict[str, _ZipPart],
+        options: StreamOptions,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._zipped, self._streams, self.options = zipped, streams, options
         first = self._first = next(iter(streams.values()))
         self.sites = [f"{name}/{site}" for name, stream in streams.items() for site in stream.sites]
         self.batch_size, self.epochs = first.batch_size, first.epochs
@@ -422,6 +465,14 @@ class ZippedStream:
             stream.align(self.n_rows, self._chunk_rows)
         if state is not None:
             self.restore(state)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._zipped._stream, (self.sites, self.options, self.state())
+
+    def for_rank(self, rank: int, world_size: int) -> "ZippedStream":
+        """As `Stream.for_rank`."""
+        options = replace(self.options, rank=rank, world_size=world_size)
+        return self._zipped._stream(self.sites, options, self.state())
 
     def __len__(self) -> int:
         return len(self._first)
@@ -465,7 +516,7 @@ class ZippedStream:
                     for name, batch in zip(self._streams, batches, strict=True)
                     for site in batch.acts
                 }
-                yield Batch(acts, batches[0]._rows)
+                yield Batch(acts, batches[0]._rows, batches[0].place)
 
 
 def _check_same(ours: Mapping[str, Any], state: Mapping[str, Any], what: str) -> None:

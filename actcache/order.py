@@ -7,7 +7,7 @@ Shapes: N rows of a split, C chunks, L lanes, W chunks in a window.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -61,6 +61,19 @@ def default_window(batch_size: int, lanes: int, context_size: int, block_rows: i
     context_size - 1 share a sequence with a given one. The excess is (B/L - 1) * T / (W * R).
     """
     return max(2, -(-batch_size * context_size * 4 // (lanes * block_rows)))
+
+
+def lanes_of(rank: int, world_size: int, lanes: int) -> range:
+    """The lanes that a rank serves, ascending: those whose number is `rank` modulo `world_size`."""
+    return range(rank, lanes, world_size)
+
+
+def rows_of_lanes(begin: int, end: int, lanes: int, lane_L: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The global rows [begin, end) that some of the lanes (ascending) serve, in order; int64 [n]."""
+    position_P = np.arange(begin // lanes, -(-end // lanes))[:, None]
+    row_N = (position_P * lanes + np.asarray(lane_L)).ravel()
+    first, last = np.searchsorted(row_N, [begin, end])
+    return row_N[first:last]
 
 
 @dataclass(frozen=True)

@@ -352,12 +352,13 @@ class Dataset:
             batch_size: rows of the global batch; a rank serves its share of them.
             seed: of the order; with the manifest version, split, lanes and window it fixes the order.
             epochs: passes over the split, each in another order.
-            rank, world_size: serves global rows g with g % world_size == rank; world_size divides `lanes`.
+            rank, world_size: serves the global rows of the lanes l with l % world_size == rank. Any world_size from
+                1 to `lanes`; where it does not divide `lanes`, shares of a batch differ by about one lane's part.
             state: of `Stream.state()`, from any rank and world size: continue after that batch.
             split: another split than this one.
             lanes, window: see docs/format.md, "Reading order".
             prefetch_bytes: the most memory for what is read ahead. At least a window of each lane of the rank:
-                lanes / world_size * window chunks of each site; by default twice that, a next window each.
+                ceil(lanes / world_size) * window chunks of each site; by default twice that, a next window each.
             metadata: also fetch token_id, sequence and position.
             where: serve only the rows that meet these conditions; batches shrink and are not refilled.
             drop_last: leave out the short batch that ends an epoch.

@@ -8,14 +8,14 @@ Shapes: N rows, D = d_in.
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import SpecError
 from .filters import Filter, Where
-from .order import DEFAULT_LANES, Order, default_window
+from .order import DEFAULT_LANES, Order, default_window, lanes_of, rows_of_lanes
 from .output import Output, TrainStats
 from .windows import Windows
 
@@ -41,6 +41,8 @@ class Batch(Mapping[str, np.ndarray]):
 
     acts: Mapping[str, np.ndarray]
     _rows: Rows | None
+    place: np.ndarray
+    """int64 [n], always numpy: the place of each row in the batch that a single reader without a filter gets."""
 
     def __getitem__(self, site: str) -> np.ndarray:
         return self.acts[site]
@@ -97,15 +99,10 @@ class StreamOptions:
             raise SpecError(
                 f"batch_size is {self.batch_size} and epochs {self.epochs}; both must be at least 1"
             )
-        if (
-            self.lanes < 1
-            or self.world_size < 1
-            or self.lanes % self.world_size
-            or not 0 <= self.rank < self.world_size
-        ):
+        if not 0 <= self.rank < self.world_size <= self.lanes:
             raise SpecError(
-                f"rank {self.rank} of world_size {self.world_size} with {self.lanes} lanes: world_size must divide "
-                "lanes, and rank lie below it"
+                f"rank {self.rank} of world_size {self.world_size} with {self.lanes} lanes: world_size must lie in "
+                "1..lanes, and rank below it"
             )
 
 
@@ -114,6 +111,9 @@ class Stream:
 
     Background threads read ahead, one window a lane and one batch; an error there reaches the
     consumer at the batch that needs the data. The end, or leaving the loop, ends the threads.
+
+    A pickle of it holds its dataset's URL, version and storage options, its own options and its state:
+    another process opens it again and goes on where it stood. One of `memory://` opens in its own process only.
     """
 
     def __init__(
@@ -140,6 +140,7 @@ class Stream:
             options.rotated,
         )
         self._filter = None if options.where is None else Filter(options.where, dataset, sites)
+        self._lanes = lanes_of(options.rank, options.world_size, options.lanes)
         self.n_rows = min(dataset._site_rows(site) for site in sites)
         if not self.n_rows:
             raise SpecError(
@@ -179,6 +180,14 @@ class Stream:
         """Where the stream stands, as JSON: the order's parameters and the next global row."""
         return {**self._order_id(), "epoch": self._epoch, "row": self._row}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Stream, (self.dataset, self.sites, self.options, self.state())
+
+    def for_rank(self, rank: int, world_size: int) -> "Stream":
+        """The same stream, from where this one stands, as one rank of `world_size` serves it."""
+        options = replace(self.options, rank=rank, world_size=world_size)
+        return Stream(self.dataset, self.sites, options, self.state())
+
     def __len__(self) -> int:
         """Batches in all epochs."""
         whole, rest = divmod(self.n_rows, self.batch_size)
@@ -196,14 +205,15 @@ class Stream:
                 coming = gatherer.submit(self._stage, windows, step)
                 while step is not None:
                     self.dataset._shared.check_process()
-                    acts, rows = self._output.finish(coming.result())
+                    staged, place = coming.result()
+                    acts, rows = self._output.finish(staged)
                     after = next(steps, None)
                     if after is not None:  # made while this one is used
                         coming = gatherer.submit(self._stage, windows, after)
                     same_epoch = after is not None and after.epoch == step.epoch
                     self._epoch, self._row = (step.epoch, step.end) if same_epoch else (step.epoch + 1, 0)
                     step = after
-                    yield Batch(acts, None if rows is None else Rows(**rows))
+                    yield Batch(acts, None if rows is None else Rows(**rows), place)
             finally:
                 windows.close()
                 gatherer.shutdown()
@@ -233,18 +243,20 @@ class Stream:
             self._names,
             self._order,
             self.epochs,
-            range(options.rank, options.lanes, options.world_size),
+            self._lanes,
             (step.epoch, step.begin // options.lanes),
             options.prefetch_bytes,
             self.dataset._shared.store.concurrent_reads,
         )
 
-    def _stage(self, windows: Windows, step: "_Step") -> dict[str, Any]:
-        """This rank's rows of a batch, as far as a background thread can make them."""
+    def _stage(self, windows: Windows, step: "_Step") -> tuple[dict[str, Any], np.ndarray]:
+        """This rank's rows of a batch, as far as a background thread can make them, and their places in it."""
         parts = windows.gather(step.epoch, step.begin, step.end)
+        row_N = rows_of_lanes(step.begin, step.end, self.options.lanes, self._lanes)
+        parts["place"] = row_N - step.begin
         if self._filter is not None:
             parts = self._filter.apply(parts)
-        return self._output.stage(parts)
+        return self._output.stage(parts), parts["place"]
 
     def _order(self, epoch: int) -> Order:
         options = self.options

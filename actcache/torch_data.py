@@ -21,8 +21,9 @@ class TorchStream(IterableDataset[dict[str, torch.Tensor]]):
 
     Keys are the sites, then token_id, sequence and position (int64). With `num_workers` = W each worker
     serves its share of global batches of W times `batch_size` rows, so that batches of the loader keep
-    their size; W times `world_size` must divide `lanes`. Start workers by spawn
-    (`multiprocessing_context="spawn"`): a forked one raises ForkedProcess.
+    their size: exactly where W times `world_size` divides `lanes`, else to about one lane's part. It may be
+    any number up to `lanes`. Start workers by spawn (`multiprocessing_context="spawn"`): a forked one raises
+    ForkedProcess.
 
     `state_dict` and `load_state_dict` are what torchdata's `StatefulDataLoader` calls; it wants the same
     number of workers back.

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 from replayed import Recorded
-from tiny_harvest import tiny_spec
+from tiny_harvest import SITES, tiny_spec, write_corpus
 
 import actcache
+from actcache.spec import Corpus
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +23,33 @@ def tiny(tmp_path_factory):
 def directory(tiny):
     """Where the dataset of `tiny` lies."""
     return Path(tiny[0].url)
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory):
+    """Another corpus than that of `tiny`, the same model."""
+    directory = tmp_path_factory.mktemp("other")
+    corpus = Corpus(write_corpus(directory / "corpus", seed=5), validation_share=0.1, test_share=0.1)
+    return actcache.harvest(
+        tiny_spec(directory, corpus=corpus, n_tokens=1500), directory / "root", progress=False
+    )
+
+
+@pytest.fixture(scope="session")
+def aligned(tiny, tmp_path_factory):
+    """Another model on the tokens of `tiny`, in larger chunks and with fewer blocks."""
+    _, spec, root = tiny
+    directory = tmp_path_factory.mktemp("aligned")
+    other = tiny_spec(
+        directory,
+        "llama",
+        corpus=spec.corpus,
+        n_tokens=1500,
+        chunk_rows=256,
+        precision="bf16",
+        sites=[SITES[0]],
+    )
+    return actcache.harvest(other, root, progress=False)
 
 
 @pytest.fixture(scope="session")

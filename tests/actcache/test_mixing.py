@@ -7,40 +7,18 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_harvest import SITES, tiny_spec, write_corpus
+from tiny_harvest import SITES
 
 import actcache
 from actcache.errors import SpecError
 from actcache.filters import Where
 from actcache.mixing import PERIOD, Schedule
-from actcache.spec import Corpus
 
 SITE = SITES[0]
 
 
 def places(batch):
     return batch.sequence.astype(np.int64) * 1000 + batch.position
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory):
-    """Another corpus, the same model."""
-    directory = tmp_path_factory.mktemp("other")
-    corpus = Corpus(write_corpus(directory / "corpus", seed=5), validation_share=0.1, test_share=0.1)
-    return actcache.harvest(
-        tiny_spec(directory, corpus=corpus, n_tokens=1500), directory / "root", progress=False
-    )
-
-
-@pytest.fixture(scope="module")
-def aligned(tiny, tmp_path_factory):
-    """Another model on the same tokens, in larger chunks and with fewer blocks than `tiny`."""
-    _, spec, root = tiny
-    directory = tmp_path_factory.mktemp("aligned")
-    other = tiny_spec(
-        directory, "llama", corpus=spec.corpus, n_tokens=1500, chunk_rows=256, precision="bf16", sites=[SITE]
-    )
-    return actcache.harvest(other, root, progress=False)
 
 
 @given(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actcache.order import Order, default_window, permutation
+from actcache.order import Order, default_window, lanes_of, permutation, rows_of_lanes
 
 sizes = st.integers(0, 5000)
 
@@ -47,6 +47,40 @@ def test_permutation_has_no_visible_structure():
 def test_order_serves_every_row_exactly_once(n_rows, chunk_rows, lanes, window, epoch):
     rows = Order(n_rows=n_rows, chunk_rows=chunk_rows, seed=1, epoch=epoch, lanes=lanes, window=window).rows()
     assert np.array_equal(np.sort(rows), np.arange(n_rows))
+
+
+def shares(begin, end, lanes, world_size):
+    return [rows_of_lanes(begin, end, lanes, lanes_of(rank, world_size, lanes)) for rank in range(world_size)]
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3, 4, 6])
+def test_ranks_divide_the_rows_of_every_small_batch(lanes):
+    for world_size in range(1, lanes + 1):
+        for begin in range(lanes + 1):
+            for end in range(begin, begin + 2 * lanes + 2):
+                check_shares(begin, end, lanes, world_size)
+
+
+@given(
+    world_size=st.integers(1, 64), begin=st.integers(0, 10**12), n=st.sampled_from([0, 1, 63, 100, 640, 4096])
+)
+@settings(max_examples=100, deadline=None)
+def test_ranks_divide_the_rows_of_a_batch_of_64_lanes(world_size, begin, n):
+    check_shares(begin, begin + n, 64, world_size)
+
+
+def check_shares(begin, end, lanes, world_size):
+    """Each row is of one rank, the one that its lane names; shares are as even as the page says."""
+    parts = shares(begin, end, lanes, world_size)
+    row_N = np.arange(begin, end)
+    for rank, part in enumerate(parts):
+        assert np.array_equal(part, row_N[row_N % lanes % world_size == rank])
+        if lanes % world_size == 0:
+            assert np.array_equal(part, row_N[row_N % world_size == rank])
+    assert np.array_equal(np.sort(np.concatenate(parts)), row_N)
+    sizes = [len(part) for part in parts]
+    most = 1 if lanes % world_size == 0 else -(-(end - begin) // lanes) + 1
+    assert max(sizes) - min(sizes) <= most
 
 
 def test_order_follows_the_written_rule():

@@ -129,7 +129,17 @@ def test_a_state_of_another_order_is_refused(tiny, change):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"batch_size": 0}, {"epochs": 0}, {"world_size": 3}, {"rank": 1}, {"rank": -1}, {"lanes": 0}]
+    "bad",
+    [
+        {"batch_size": 0},
+        {"epochs": 0},
+        {"world_size": 65},
+        {"world_size": 3, "lanes": 2},
+        {"world_size": 0},
+        {"rank": 1},
+        {"rank": -1},
+        {"lanes": 0},
+    ],
 )
 def test_bad_arguments_are_refused(tiny, bad):
     with pytest.raises(SpecError):

@@ -195,7 +195,7 @@ def test_which_token_a_row_is_follows_from_the_tokens_alone(tiny, directory, spl
 
 @pytest.mark.parametrize(
     ("split", "lanes", "window", "world_size"),
-    [("train", 64, None, 2), ("train", 2, 3, 1), ("validation", 8, None, 4), ("test", 64, 1, 1)],
+    [("train", 64, None, 3), ("train", 2, 3, 1), ("validation", 8, None, 4), ("test", 64, 1, 5)],
 )
 def test_a_stream_serves_the_reading_order_of_the_page(tiny, directory, split, lanes, window, world_size):
     batch_size, seed, epochs = 700, 5, 2
@@ -216,7 +216,9 @@ def test_a_stream_serves_the_reading_order_of_the_page(tiny, directory, split, l
             assert np.array_equal(np.sort(order), np.arange(len(acts_ND)))
             for begin in range(0, len(order), batch_size):
                 g = np.arange(begin, min(begin + batch_size, len(order)))
-                rows, batch = order[g[g % world_size == rank]], next(batches)
+                mine, batch = g[g % lanes % world_size == rank], next(batches)
+                rows = order[mine]
+                assert np.array_equal(batch.place, mine - begin)
                 assert np.array_equal(batch[site], acts_ND[rows])
                 assert np.array_equal(batch.token_id, token_id[rows])
                 assert np.array_equal(batch.sequence, sequence[rows])
