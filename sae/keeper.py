@@ -6,18 +6,23 @@ the checkpoint at a later meeting. A rank that was asked to stop, or failed, say
 save, or raise, at one step. One process meets itself at every step.
 """
 
+import logging
 import secrets
+import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from actcache.dispatch import Drain
 from actcache.errors import ActcacheError, Drained
 
 from .checkpoint import PartInfo
 from .checkpoint_writer import CheckpointWriter, Piece
 from .group import Group
-from .rundir import CheckpointSchedule, RunDirectory
+from .rundir import RunDirectory
+from .training import CheckpointSchedule
+
+logger = logging.getLogger(__name__)
 
 MEETING_STEPS = 20
 """Steps between meetings of several ranks."""
@@ -54,7 +59,7 @@ class Keeper:
         attempt = self.group.objects(secrets.token_hex(4))[0]
         self._writer: CheckpointWriter | None = None
         if directory is not None:
-            self._writer = CheckpointWriter(directory.files.store, group.rank, group.world, attempt)
+            self._writer = directory.checkpoint_writer(group.rank, group.world, attempt)
         self._part: PartInfo | None = None
         self._begun: dict[str, Any] | None = None
         """State of the checkpoint that is being written, where rank 0 will complete it."""
@@ -65,6 +70,10 @@ class Keeper:
         """Set by a rank that can not go on; every rank raises it at the next meeting."""
         self.stalls: list[float] = []
         """Of each rank, as told at the last meeting."""
+
+    def start(self, rows: int) -> None:
+        """The run starts, or goes on, after `rows` rows."""
+        self._schedule.begin(rows, time.monotonic())
 
     def due(self, step: int) -> bool:
         """True where the ranks meet: at every step of one process, at every twentieth of several."""
@@ -87,7 +96,7 @@ class Keeper:
             stall,
         )
         self.stalls = numbers_WN[:, 4].tolist()
-        failed, asked, due, written = numbers_WN[:, :4].any(0)
+        failed, asked, due, _ = (numbers_WN[:, :4] != 0).any(axis=0).tolist()
         if failed:
             self.raise_failure()
         if self._begun_rows is not None and numbers_WN[:, 3].all():
@@ -110,9 +119,9 @@ class Keeper:
             self._finish_part()
         state = self._state()
         self._begun_rows = rows
-        self._begun = self.directory.begun(state) if self.group.rank == 0 and self.directory else None
+        self._begun = self.directory.with_metrics(state) if self.group.rank == 0 and self.directory else None
         self._writer.begin(self._pieces(), rows)
-        self._schedule.begun(rows, time.monotonic())
+        self._schedule.begin(rows, time.monotonic())
 
     def save(self, rows: int) -> None:
         """A checkpoint of this moment, complete when this returns; nothing where it is already there."""
@@ -127,6 +136,14 @@ class Keeper:
         """End of the run: wait for what is being written."""
         if self._begun_rows is not None:
             self._finish_part()
+
+    def keep(self) -> None:
+        """Complete what was begun before an error goes up, which comes first; other ranks can not be waited for."""
+        if self.group.world == 1:
+            try:
+                self.close()
+            except ActcacheError as error:
+                logger.warning("%s", error)
 
     def _look(self) -> None:
         """Take up what the writer's thread has ended with."""
@@ -154,7 +171,9 @@ class Keeper:
         self._part = self._begun_rows = None
         error: ActcacheError | None = None
         if self.group.rank == 0:
-            assert self.directory is not None and rows is not None and self._begun is not None
+            assert self.directory is not None
+            assert rows is not None
+            assert self._begun is not None
             try:
                 self.directory.complete_checkpoint(rows, self._begun, parts)
             except ActcacheError as found:
@@ -180,8 +199,31 @@ class Keeper:
         raise RankFailed(f"rank {rank}: {text}")
 
 
+class Stop:
+    """Inside this context SIGTERM or Ctrl-C asks the run to save and end; a second one ends it at once.
+
+    Does nothing outside the main thread, where Python takes no signals.
+    """
+
+    def __init__(self) -> None:
+        self.asked: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: object) -> None:
+        self.asked = signal.Signals(number)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        logger.info("%s: saving the run; a second one ends it at once", self.asked.name)
+
+
 class RankFailed(ActcacheError, RuntimeError):
     """Another rank of the run failed; the message is its own."""
-
-
-__all__ = ["MEETING_STEPS", "Drain", "Keeper", "RankFailed"]

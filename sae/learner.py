@@ -20,7 +20,7 @@ from actcache.errors import SpecError
 
 from .architectures import Architecture, Parameters
 from .architectures.batch_topk import update_threshold
-from .checkpoint import Piece
+from .checkpoint_writer import Piece
 from .core import SAE
 from .group import ALONE, Group, Share
 from .revival import Resampling

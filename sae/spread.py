@@ -61,7 +61,9 @@ def spread_of(text: str | None, world: int, n_saes: int) -> Spread:
         raise SpecError(f"spread is {text!r}; it is one of {WAYS}")
     mesh = int(found[1]), int(found[2])
     if mesh[0] * mesh[1] != world:
-        raise SpecError(f"spread {text} is of {mesh[0] * mesh[1]} workers, and there are {world}; R x L must be all of them")
+        raise SpecError(
+            f"spread {text} is of {mesh[0] * mesh[1]} workers, and there are {world}; R x L must be all of them"
+        )
     return Spread(mesh)
 
 

@@ -22,24 +22,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actcache.dispatch import Drain
 from actcache.errors import ActcacheError, SpecError
 from actcache.progress import Progress
 
 from .architectures import Architecture, config_to_dict
 from .checkpoint import StoredCheckpoint
 from .checkpoint_writer import Piece
-from .core import SAE, load
+from .core import SAE
 from .group import Share
-from .keeper import Keeper
+from .keeper import Keeper, Stop
 from .learner import Learner, geometric_median
 from .rotation import rotation_of, turned
-from .rundir import METRICS_FILE, CheckpointSchedule, RunDirectory, run_names
+from .rundir import METRICS_FILE, RunDirectory, run_names
 from .spread import Layout
 from .step import Outcome
 from .streams import Batch, Stream, dataset_of, resumed
 from .trackers import make_trackers
-from .training import Training, input_factor, total_variance
+from .training import CheckpointSchedule, Training, input_factor, total_variance
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +159,7 @@ class Trainer:
         )
         first = self.layout.rank == 0
         self.trackers = make_trackers(log, out) if first else []
-        self._drain = Drain()
+        self._stop = Stop()
         self._tell = tell
         schedule = CheckpointSchedule(training.checkpoint_every_rows, training.checkpoint_every_s)
         self.keeper = Keeper(
@@ -169,7 +168,7 @@ class Trainer:
             schedule,
             self._pieces,
             self._state,
-            asked or (lambda: self._drain.asked),
+            asked or (lambda: self._stop.asked is not None),
         )
         self._buffers: dict[str, Tensor] = {}
         self._log_rows, self._log_time, self._log_stall = 0, time.perf_counter(), 0.0
@@ -202,13 +201,14 @@ class Trainer:
                 error = self.keeper.failure = refused
         if group.numbers(error is not None).any():
             self.keeper.raise_failure()
-        return found if group.rank == 0 else directory.look()
+        return found if group.rank == 0 else directory.open(resume, writer=False)
 
     def run(self) -> list[SAE]:
         """Train to the end, and save; the SAEs come back on rank 0."""
         label = f"training {len(self.names)} SAE{'s' if len(self.names) > 1 else ''}"
         self._log_rows, self._log_time, self._log_stall = self.rows, time.perf_counter(), 0.0
         self._met_time, self._met_stall = time.perf_counter(), 0.0
+        self.keeper.start(self.rows)
         if self.rows < self.training.n_rows:
             for tracker in self.trackers:
                 tracker.start(self._description(), self.step)
@@ -217,10 +217,13 @@ class Trainer:
             total = self.training.n_rows
             try:
                 with (
-                    self._drain,
+                    self._stop,
                     Progress(label, total=total, unit="rows", done=self.rows, show=shown) as progress,
                 ):
                     self._loop(batches, progress)
+            except BaseException:
+                self.keeper.keep()
+                raise
             finally:
                 close = getattr(batches, "close", None)  # ends the threads of a stream that reads ahead
                 if close is not None:
@@ -246,12 +249,12 @@ class Trainer:
                 continue
             outcomes = self._train_batch(batch, share, n)
             last = self.rows == self.training.n_rows
-            if self.keeper.due(self.step) or last:
-                self._meet()
             shown = {}
             if (self.step - 1) % self.training.log_every == 0 or last:
                 shown = self._log(outcomes, share.n_rows)
             progress.advance(share.n_rows, **shown)
+            if self.keeper.due(self.step) or last:
+                self._meet()
         self.keeper.close()
 
     def _meet(self) -> None:
@@ -335,7 +338,7 @@ class Trainer:
         """Append a line for every SAE; returns what the progress bar shows. Losses are of this batch."""
         now = time.perf_counter()
         elapsed = max(now - self._log_time, 1e-9)
-        speed = {
+        speed: dict[str, Any] = {
             "rows_per_s": round((self.rows - self._log_rows) / elapsed, 1),
             "stall_share": round(self._log_stall / elapsed, 4),
         }
@@ -346,7 +349,7 @@ class Trainer:
             speed["stall_share"] = max(stalls, default=speed["stall_share"])
         own = {i: self._metrics(self.learners[i], outcome, n) | speed for i, outcome in outcomes.items()}
         lines = self._all_lines(own)
-        if self.layout.rank:
+        if self.layout.rank or not lines:
             return {}
         if self.directory is not None:
             self.directory.append_metrics(lines)
@@ -358,10 +361,13 @@ class Trainer:
         return shown
 
     def _all_lines(self, own: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
-        """Metrics of every SAE, in order; whole SAEs are told by their ranks."""
+        """Metrics of every SAE, in order; whole SAEs are told by their ranks. None once one of them failed."""
         if not self.layout.spread.dealt:
             return list(own.values())
-        told = self.layout.group.objects({str(i): line for i, line in own.items()})
+        failed = self.keeper.failure is not None
+        told = self.layout.group.objects(None if failed else {str(i): line for i, line in own.items()})
+        if None in told:
+            return []
         joined = {int(i): line for part in told for i, line in part.items()}
         return [joined[i] for i in range(len(self.names))]
 
@@ -412,18 +418,13 @@ class Trainer:
         group, directory = self.layout.group, self.directory
         if directory is None:
             return list(own.values())
-        if group.rank == 0:
-            directory.sync_metrics()
         for i, s in own.items():
             directory.save(i, s)
         group.numbers(0)  # every rank has saved its own
         if group.rank:
             return []
-        directory.mark_finished()
-        options = directory.storage_options
-        return [
-            own[i] if i in own else load(f"{directory.path}/{name}", options) for i, name in enumerate(self.names)
-        ]
+        loaded = directory.finish()
+        return [own.get(i, s) for i, s in enumerate(loaded)]
 
     def _finished(self, learner: Learner) -> SAE | None:
         """The SAE for the model's activations; None on a rank that holds only a part of it."""
@@ -442,7 +443,6 @@ class Trainer:
         if self.layout.spread.dealt:
             own = {i: state for part in self.layout.group.objects(own) for i, state in part.items()}
         return {
-            "rows": self.rows,
             "step": self.step,
             "stream": self.stream.state(),
             "saes": [own[str(i)] for i in range(len(self.names))],
@@ -451,7 +451,7 @@ class Trainer:
     def _restore(self, stored: StoredCheckpoint) -> None:
         for i, learner in self.learners.items():
             learner.restore(partial(_read, stored, f"{i}."), stored.state["saes"][i])
-        self.rows, self.step = stored.state["rows"], stored.state["step"]
+        self.rows, self.step = stored.rows, stored.state["step"]
         self.keeper.saved_rows = self.rows
         self.stream = resumed(self.stream, stored.state["stream"], self.rows)
 
@@ -523,7 +523,9 @@ def checked_device(device: torch.device | str) -> torch.device:
     return found
 
 
-def _read(stored: StoredCheckpoint, prefix: str, name: str, first: int = 0, stop: int | None = None) -> Tensor:
+def _read(
+    stored: StoredCheckpoint, prefix: str, name: str, first: int = 0, stop: int | None = None
+) -> Tensor:
     return stored.read(prefix + name, first, stop)
 
 
