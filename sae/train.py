@@ -169,6 +169,7 @@ class Trainer:
             self._pieces,
             self._state,
             asked or (lambda: self._stop.asked is not None),
+            training.log_every,
         )
         self._buffers: dict[str, Tensor] = {}
         self._log_rows, self._log_time, self._log_stall = 0, time.perf_counter(), 0.0

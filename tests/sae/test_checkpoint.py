@@ -298,7 +298,7 @@ def test_a_store_that_refuses_ends_the_run_in_one_line_and_an_earlier_error_come
         def __iter__(self) -> Iterator:
             for batch in super().__iter__():
                 yield batch
-                if (tmp_path / "checkpoints").exists() and trainer.checkpoint_writer.busy:  # type: ignore[union-attr]
+                if (tmp_path / "checkpoints").exists() and trainer.keeper.writer.busy:  # type: ignore[union-attr]
                     raise Interrupted
 
     trainer = Trainer(Failing(_acts()), CONFIGS, TRAINING, start=[None] * 4, out=tmp_path)
