@@ -1,136 +1,448 @@
-"""Files that are whole or absent: atomic writes, safetensors with a JSON header, run checkpoints.
+"""Checkpoints: one moment of a run, written in parts by its ranks, read back by rows of a tensor.
 
-A checkpoint is one file: the tensors of every SAE of the run (weights, Adam moments, dead
-counters, generator) and, in its header, the JSON state (rows seen, reader state, thresholds). Being
-one file that appears whole (sae/files.py), it is always some complete moment of the run, whatever is
-killed when. Never pickle, never `torch.load`.
+Under the run's directory, local or at any URL:
+
+    checkpoints/{rows}/part-{attempt}-{rank}-of-{world}-{i}.safetensors   what one rank holds
+    checkpoints/{rows}/done.json                                          that all parts are there
+
+Only a checkpoint with a `done.json` exists. It holds the JSON state and, for each file, its size, the
+crc32c of each block of 4 MiB, and for each tensor its place in the file and the rows of the whole tensor
+that it is. So a rank of any world size reads the rows that it needs, and every byte that it reads is
+checked. Objects are created and never overwritten; the checkpoint before is removed once the new one is
+complete. Parts are written by sae/checkpoint_writer.py. Never pickle, never `torch.load`.
 """
 
-import contextlib
 import json
-import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, BinaryIO
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from actcache.errors import CorruptObject, FormatError, StoreError
+from actcache.errors import Conflict, CorruptObject, FormatError, StoreError
+from actcache.shard import crc32c
 
-FORMAT = 2  # 1 had the logarithms of JumpReLU's thresholds
-CHECKPOINT_FILE = "checkpoint.safetensors"
-_STATE_KEY = "actcache.sae.state"
+from .tensors import DTYPES
+
+if TYPE_CHECKING:
+    from actcache.store import Store
+
+FORMAT = 3  # 1 had the logarithms of JumpReLU's thresholds, 2 was one file
+FOLDER, DONE_FILE = "checkpoints", "done.json"
+BLOCK_BYTES = 4 << 20
+"""What one checksum covers, and the least that is read."""
+_BLOCKS_AT_ONCE = 4  # of one read: 16 MiB
+_FILE_NAME = re.compile(r"part-([0-9a-z]+)-(\d{5,})-of-(\d{5,})-(\d{4,})\.safetensors")
+_OLD_FILES = re.compile(r"checkpoints/\d{16}\.safetensors")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path`: temporary file in the same directory, fsync, rename, fsync of the directory.
+class TensorPlace(TypedDict):
+    """Where a tensor lies in a file, and which rows of the whole tensor it is."""
 
-    Raises:
-        StoreError: the disk refused (full, read-only); what was at `path` is untouched.
+    dtype: str
+    """As in a safetensors header, e.g. F32."""
+    shape: list[int]
+    start: int
+    """First byte in the file."""
+    first: int
+    """Its first row among those of the whole tensor."""
+    whole: int | None
+    """Rows of the whole tensor; None for a single number, which has no rows."""
+
+
+class PartFile(TypedDict):
+    """A safetensors file of a part."""
+
+    name: str
+    size_bytes: int
+    crc32c: list[int]
+    """Of each block of 4 MiB."""
+    tensors: dict[str, TensorPlace]
+
+
+class PartInfo(TypedDict):
+    """What one rank wrote of a checkpoint; JSON-able, for the rank that completes it."""
+
+    rows: int
+    rank: int
+    world: int
+    files: list[PartFile]
+
+
+def checkpoint_folder(rows: int) -> str:
+    """The folder of the checkpoint after `rows` rows; names sort as numbers."""
+    return f"{FOLDER}/{rows:016d}"
+
+
+class Checkpoints:
+    """The checkpoints of a run: the newest, a new one, and what may go.
+
+    One process completes checkpoints, that of rank 0; others may look.
     """
-    with _replacing(path) as file:
-        file.write(data)
+
+    def __init__(self, store: "Store") -> None:
+        self.store = store
+        self._known: set[int] = set()
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the newest checkpoint that was found or completed."""
+        return max(self._known, default=None)
+
+    def newest(self) -> "StoredCheckpoint | None":
+        """The newest complete checkpoint.
+
+        Raises:
+            FormatError: another version wrote it.
+            CorruptObject: its `done.json` is damaged.
+        """
+        keys = [o.key for o in self.store.listing(FOLDER)]
+        old = [key for key in keys if _OLD_FILES.fullmatch(key)]
+        if old or self.store.exists("checkpoint.safetensors"):
+            raise FormatError(
+                f"{self.store.url} holds a checkpoint of an older format ({old[0] if old else 'checkpoint.safetensors'}); "
+                f"this version reads format {FORMAT}. Train into a new directory."
+            )
+        self._known = {rows for key in keys if (rows := _rows_of_done(key)) is not None}
+        if self.rows is None:
+            return None
+        key = f"{checkpoint_folder(self.rows)}/{DONE_FILE}"
+        where, data = f"{self.store.url}/{key}", self.store.read(key)
+        rows, state, files = _parse_done(where, data)
+        return StoredCheckpoint(self.store, rows, state, files)
+
+    def complete(self, rows: int, state: Mapping[str, Any], parts: Sequence[PartInfo]) -> None:
+        """Make the parts of all ranks a checkpoint, then remove older ones and what dead attempts left.
+
+        Raises:
+            Conflict: another process trains into the same directory.
+            StoreError: a part is not to be seen from here, or the store refused.
+        """
+        _check_ranks(parts, rows)
+        files = [file for part in parts for file in part["files"]]
+        StoredCheckpoint(self.store, rows, state, files)  # refuses parts that leave rows out
+        listed = {o.key: o.size_bytes for o in self.store.listing(FOLDER)}
+        self._refuse_others(listed)
+        folder = checkpoint_folder(rows)
+        for part in parts:
+            for file in part["files"]:
+                self._check_there(f"{folder}/{file['name']}", file["size_bytes"], part["rank"], listed)
+        try:
+            self.store.create(f"{folder}/{DONE_FILE}", _done_bytes(rows, state, files))
+        except Conflict as error:
+            raise self._conflict(folder) from error
+        self._known.add(rows)
+        self._sweep(rows, files, list(listed))
+        self._known = {rows}
+
+    def remove(self) -> None:
+        """Remove all checkpoints and what dead attempts left: the run is finished."""
+        keys = [o.key for o in self.store.listing(FOLDER) if _is_ours(o.key)] + self._temporary()
+        self._delete([key for key in keys if _rows_of_done(key) is not None])
+        self._delete([key for key in keys if _rows_of_done(key) is None])
+        self.store.sub(FOLDER).prune()
+        self._known = set()
+
+    def _refuse_others(self, listed: Mapping[str, int]) -> None:
+        """A checkpoint that this run did not complete is another process's."""
+        for key in listed:
+            rows = _rows_of_done(key)
+            if rows is not None and rows not in self._known:
+                raise self._conflict(checkpoint_folder(rows))
+
+    def _conflict(self, folder: str) -> Conflict:
+        return Conflict(
+            f"{self.store.url}/{folder} is a checkpoint of another process, which trains into the same "
+            "directory; end one of the two, then run the same again"
+        )
+
+    def _check_there(self, key: str, size: int, rank: int, listed: Mapping[str, int]) -> None:
+        if listed.get(key) == size:
+            return
+        try:  # a listing over NFS may be some seconds old; opening a file is not
+            if size and len(self.store.read(key, size - 1, size + 1)) == 1:
+                return
+        except FileNotFoundError:
+            pass
+        raise StoreError(
+            f"{self.store.url}/{key}, which rank {rank} wrote, is not there as seen by the process that completes "
+            "the checkpoint. Let all ranks write to one place (a shared file system or a URL), and only one run."
+        )
+
+    def _sweep(self, rows: int, files: Sequence[PartFile], listed: Sequence[str]) -> None:
+        """Remove what the complete checkpoint after `rows` makes needless.
+
+        Of each older checkpoint `done.json` goes first: without its parts it would be a checkpoint that
+        cannot be read, while parts without it are only bytes for the next sweep. Parts of another attempt
+        in a later folder are what a killed process wrote; temporary files there may be this run's own.
+        """
+        own = {f"{checkpoint_folder(rows)}/{file['name']}" for file in files}
+        attempts = {_attempt_of(key) for key in own}
+        gone = [key for key in listed if _is_ours(key) and key not in own]
+        gone = [key for key in gone if _rows_of(key) <= rows or _attempt_of(key) not in attempts]
+        gone += [key for key in self._temporary() if _rows_of(key) <= rows]
+        self._delete([key for key in gone if _rows_of_done(key) is not None])
+        self._delete([key for key in gone if _rows_of_done(key) is None])
+        for older in sorted({_rows_of(key) for key in gone} - {rows}):
+            self.store.sub(checkpoint_folder(older)).prune()
+
+    def _temporary(self) -> list[str]:
+        """Temporary files of writers that were killed."""
+        return [o.key for o in self.store.leftovers() if o.key.startswith(f"{FOLDER}/")]
+
+    def _delete(self, keys: Sequence[str]) -> None:
+        if keys:
+            with ThreadPoolExecutor(min(len(keys), self.store.concurrent_reads)) as pool:
+                list(pool.map(self.store.delete, keys))
 
 
-def serialise(tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> bytes:
-    """The bytes of a safetensors file with `state` as JSON in its header."""
-    from safetensors.torch import save
+@dataclass(frozen=True)
+class _Slice:
+    """Rows [first, first + rows) of a tensor: `rows * row_bytes` bytes from `start` of `file`."""
 
-    metadata = None if state is None else {_STATE_KEY: json.dumps(state, allow_nan=False)}
-    return save(dict(tensors), metadata)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> None:
-    """A safetensors file, written as `write_atomically` does, with `state` as JSON in its header."""
-    write_atomically(path, serialise(tensors, state))
+    file: PartFile
+    start: int
+    first: int
+    rows: int
+    row_bytes: int
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The tensors and the JSON state of a file written by `write_tensors`.
+@dataclass(frozen=True)
+class _Whole:
+    """A tensor of a checkpoint, as the slices that parts hold."""
+
+    dtype: str
+    whole: int | None
+    row_shape: tuple[int, ...]
+    slices: tuple[_Slice, ...]
+    """By `first`; together they are all rows, and no two of them share one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.row_shape if self.whole is None else (self.whole, *self.row_shape)
+
+
+class StoredCheckpoint(Mapping[str, Tensor]):
+    """A complete checkpoint: its JSON state, and its tensors by name, read when they are asked for."""
+
+    def __init__(
+        self, store: "Store", rows: int, state: Mapping[str, Any], files: Sequence[PartFile]
+    ) -> None:
+        self.rows, self.state = rows, dict(state)
+        self.store, self._folder = store, checkpoint_folder(rows)
+        self.where = f"{store.url}/{self._folder}"
+        self._tensors = _assembled(self.where, files)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return self._tensors[name].shape
+
+    def under(self, prefix: str) -> "Mapping[str, Tensor]":
+        """The tensors whose names begin with `prefix`, by the rest of the name; read when asked for."""
+        return _Under(self, prefix)
+
+    def read(self, name: str, first: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [first, stop) of a tensor, whoever wrote them; all of it by default.
+
+        Raises:
+            KeyError: the checkpoint has no such tensor.
+            ValueError: it has fewer rows.
+            CorruptObject: a file is missing, cut off, or differs from its checksums.
+        """
+        tensor = self._tensors[name]
+        if tensor.whole is None:
+            out = torch.empty(tensor.row_shape, dtype=DTYPES[tensor.dtype])
+            first, last = 0, 1
+        else:
+            last = tensor.whole if stop is None else stop
+            if not 0 <= first <= last <= tensor.whole:
+                raise ValueError(f"rows {first} to {last} of {name} are asked for; it has {tensor.whole}")
+            out = torch.empty((last - first, *tensor.row_shape), dtype=DTYPES[tensor.dtype])
+        target = out.reshape(-1).view(torch.uint8).numpy() if out.numel() else np.empty(0, np.uint8)
+        jobs = [
+            job
+            for part in tensor.slices
+            for job in _reads(part, max(first, part.first), min(last, part.first + part.rows), first)
+        ]
+        if len(jobs) == 1:
+            self._fill(target, *jobs[0])
+        elif jobs:
+            with ThreadPoolExecutor(min(len(jobs), self.store.concurrent_reads)) as pool:
+                list(pool.map(lambda job: self._fill(target, *job), jobs))
+        return out
+
+    def _fill(self, target: np.ndarray, file: PartFile, start: int, stop: int, at: int) -> None:
+        """Bytes [start, stop) of a file into `target` from `at`, checked block by block."""
+        base = start - start % BLOCK_BYTES
+        end = min(-(-stop // BLOCK_BYTES) * BLOCK_BYTES, file["size_bytes"])
+        key = f"{self._folder}/{file['name']}"
+        try:
+            data = np.frombuffer(self.store.read_part(key, base, end), np.uint8)
+        except FileNotFoundError as error:
+            raise self._damaged(f"{self.store.url}/{key} is missing") from error
+        if len(data) != end - base:
+            raise self._damaged(f"{self.store.url}/{key} ends after {base + len(data)} of {end} bytes")
+        for offset in range(0, len(data), BLOCK_BYTES):
+            block = (base + offset) // BLOCK_BYTES
+            if crc32c(data[offset : offset + BLOCK_BYTES]) != file["crc32c"][block]:
+                raise self._damaged(f"{self.store.url}/{key} differs from its checksum in block {block}")
+        target[at : at + stop - start] = data[start - base : stop - base]
+
+    def _damaged(self, what: str) -> CorruptObject:
+        return CorruptObject(f"{what}; {_REMEDY.format(where=self.where)}")
+
+
+class _Under(Mapping[str, Tensor]):
+    def __init__(self, checkpoint: StoredCheckpoint, prefix: str) -> None:
+        self._checkpoint, self._prefix = checkpoint, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._checkpoint.read(self._prefix + name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (n.removeprefix(self._prefix) for n in self._checkpoint if n.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+_REMEDY = "restore it from a copy, or remove {where} to go on from an older checkpoint or from the start"
+
+
+def _reads(part: _Slice, first: int, stop: int, origin: int) -> Iterator[tuple[PartFile, int, int, int]]:
+    """(file, start, stop, place in the target) of reads of some blocks, for rows [first, stop) of a slice."""
+    if first >= stop:
+        return
+    start = part.start + (first - part.first) * part.row_bytes
+    end = part.start + (stop - part.first) * part.row_bytes
+    at, step = (first - origin) * part.row_bytes, _BLOCKS_AT_ONCE * BLOCK_BYTES
+    while start < end:
+        until = min(end, start - start % step + step)
+        yield part.file, start, until, at
+        start, at = until, at + until - start
+
+
+def _assembled(where: str, files: Sequence[PartFile]) -> dict[str, _Whole]:
+    """The whole tensors that the slices of all files make.
 
     Raises:
-        FileNotFoundError: there is none.
-        CorruptObject: it is torn or no safetensors file.
+        CorruptObject: slices do not fit together, or rows are in none.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; copy the whole directory, or write it again")
-    return parse_tensors(str(path), path.read_bytes())
+    places: dict[str, list[tuple[PartFile, TensorPlace]]] = {}
+    for file in files:
+        for name, place in file["tensors"].items():
+            places.setdefault(name, []).append((file, place))
+    return {name: _whole(f"{where}: {name}", parts) for name, parts in places.items()}
 
 
-def parse_tensors(where: str, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The tensors and the JSON state of what `serialise` gave; `where` names it in messages.
+def _whole(what: str, parts: Sequence[tuple[PartFile, TensorPlace]]) -> _Whole:
+    kinds = {(p["dtype"], p["whole"], tuple(p["shape"][1:])) for _, p in parts}
+    if len(kinds) != 1:
+        raise CorruptObject(f"{what} has slices of {len(kinds)} kinds; wanted one type, width and length")
+    dtype, whole, row_shape = kinds.pop()
+    row_bytes = math.prod(row_shape) * DTYPES[dtype].itemsize
+    slices = [
+        _Slice(file, p["start"], p["first"], p["shape"][0] if p["shape"] else 1, row_bytes)
+        for file, p in parts
+    ]
+    slices.sort(key=lambda s: (s.first, s.rows))
+    reached = 0
+    for s in slices:
+        if s.first != reached and s.rows:
+            raise CorruptObject(f"{what} has its rows {reached} to {s.first} in no part, or in two")
+        reached += s.rows
+    if reached != (1 if whole is None else whole):
+        raise CorruptObject(f"{what} has {reached} rows in its parts; wanted {whole}")
+    return _Whole(dtype, whole, row_shape, tuple(slices))
+
+
+def _check_ranks(parts: Sequence[PartInfo], rows: int) -> None:
+    world = len(parts)
+    assert sorted(part["rank"] for part in parts) == list(range(world)), "one part of each rank"
+    assert all(part["world"] == world and part["rows"] == rows for part in parts), "parts of one moment"
+
+
+def _done_bytes(rows: int, state: Mapping[str, Any], files: Sequence[PartFile]) -> bytes:
+    body = _canonical({"format": FORMAT, "rows": rows, "state": state, "files": files})
+    return f'{body[:-1]},"crc32c":{crc32c(body.encode())}}}\n'.encode()
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def _parse_done(where: str, data: bytes) -> tuple[int, dict[str, Any], list[PartFile]]:
+    """Rows, state and files of a `done.json`.
 
     Raises:
-        CorruptObject: it is torn or no safetensors file.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        tensors = load(data)
-        size = int.from_bytes(data[:8], "little")  # the format: 8 bytes of length, then a JSON header
-        header = json.loads(data[8 : 8 + size]).get("__metadata__", {})
-        return tensors, json.loads(header[_STATE_KEY]) if _STATE_KEY in header else None
-    except (SafetensorError, ValueError) as error:
-        raise CorruptObject(
-            f"{where} is not a whole safetensors file ({error}); copy or write it again"
-        ) from error
-
-
-def checkpoint_bytes(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> bytes:
-    """A checkpoint as one safetensors file with `state` as JSON in its header."""
-    return serialise(tensors, {"format": FORMAT, **state})
-
-
-def parse_checkpoint(where: str, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `checkpoint_bytes` was given; `where` names it in messages.
-
-    Raises:
-        FormatError: a newer version wrote it.
+        FormatError: another version wrote it.
         CorruptObject: it is damaged.
     """
-    tensors, state = parse_tensors(where, data)
-    if state is None or state.get("format") != FORMAT:
-        found = "no state" if state is None else f"format {state.get('format')}"
-        raise FormatError(
-            f"{where} holds {found}; this version reads format {FORMAT}. Train into a new directory."
-        )
-    return tensors, state
-
-
-def differences(found: Any, wanted: Any, where: str = "") -> list[str]:
-    """Where two JSON values differ, as `field: found -> wanted`."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        names = list(found) + [name for name in wanted if name not in found]
-        return [
-            line
-            for name in names
-            for line in differences(found.get(name), wanted.get(name), f"{where}.{name}".lstrip("."))
-        ]
-    if found == wanted:
-        return []
-    old, new = ("present" if isinstance(value, dict) else str(value) for value in (found, wanted))
-    return [f"{where}: {old} -> {new}"]
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    temporary = path.with_name(f".{path.name}.partial")  # a fixed name: a killed write leaves one, not many
+    remedy = _REMEDY.format(where=where.removesuffix(f"/{DONE_FILE}"))
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise StoreError(
-            f"{path} could not be written: {error.strerror or error}. What was there before is intact; "
-            "free space or choose another directory, and run again."
-        ) from error
+        found = json.loads(data)
+        version = found["format"]
+        if version == FORMAT:
+            checksum = found.pop("crc32c")
+            if crc32c(_canonical(found).encode()) != checksum:
+                raise CorruptObject(f"{where} differs from its checksum; {remedy}")
+            for file in found["files"]:
+                _check_file(file)
+            return int(found["rows"]), dict(found["state"]), found["files"]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CorruptObject(f"{where} is not a checkpoint's ({error!r}); {remedy}") from error
+    raise FormatError(
+        f"{where} holds format {version}; this version reads format {FORMAT}. Upgrade actcache, or train into a new directory."
+    )
+
+
+def _check_file(file: PartFile) -> None:
+    """Raise ValueError for a file whose name leaves the folder, or with tensors outside its bytes."""
+    if not _FILE_NAME.fullmatch(file["name"]):
+        raise ValueError(f"file name {file['name']!r}")
+    if len(file["crc32c"]) != -(-file["size_bytes"] // BLOCK_BYTES):
+        raise ValueError(f"{file['name']} has {len(file['crc32c'])} checksums")
+    for name, place in file["tensors"].items():
+        shape, start, whole = place["shape"], place["start"], place["whole"]
+        numbers = [*shape, start, place["first"], 0 if whole is None else whole]
+        size = math.prod(shape) * DTYPES[place["dtype"]].itemsize
+        if (
+            not all(isinstance(n, int) and n >= 0 for n in numbers)
+            or start + size > file["size_bytes"]
+            or (whole is None) != (not shape)
+        ):
+            raise ValueError(f"{name} can not be at {dict(place)}")
+
+
+def _rows_of(key: str) -> int:
+    """Rows of the checkpoint that an object belongs to; -1 if it belongs to none."""
+    parts = key.split("/")
+    return int(parts[1]) if len(parts) == 3 and parts[1].isdecimal() else -1
+
+
+def _rows_of_done(key: str) -> int | None:
+    return _rows_of(key) if key.endswith(f"/{DONE_FILE}") and _rows_of(key) >= 0 else None
+
+
+def _is_ours(key: str) -> bool:
+    """Whether this module writes objects of that name; others stay."""
+    return _rows_of(key) >= 0 and (_attempt_of(key) is not None or _rows_of_done(key) is not None)
+
+
+def _attempt_of(key: str) -> str | None:
+    found = _FILE_NAME.fullmatch(key.rpartition("/")[2])
+    return found[1] if found else None

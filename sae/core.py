@@ -1,7 +1,7 @@
 """A trained SAE: encode, decode, and the directory it lives in.
 
-Owns the native directory, `sae.json` (settings and provenance) + `weights.safetensors`. Trains
-nothing, and knows no foreign format but by asking `sae.export`. The input scale of training is
+Owns the native directory, `sae.json` (settings, provenance, the checksum of the weights) and
+`weights.safetensors`. Trains nothing, and knows no foreign format but by asking `sae.export`. The input scale of training is
 folded into the weights, so everything here is in the units of the raw activations: a latent's
 value is the length it adds along its unit-norm decoder row.
 
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from actcache.errors import CorruptObject, FormatError, SpecError
+from actcache.shard import crc32c
 
-from .checkpoint import parse_tensors, serialise
 from .files import RunFiles, is_url, local_path, run_files
+from .tensors import parse_tensors, serialise
 
 FORMAT = 1
 """Version of the native directory."""
@@ -40,6 +41,8 @@ EXTRA_TENSORS = {
 """What an architecture needs beside `TENSORS`."""
 
 SETTINGS_FILE, WEIGHTS_FILE = "sae.json", "weights.safetensors"
+_CHECKSUM = "weights_crc32c"
+"""Key of the settings: the CRC-32C of the weights' file. Directories of earlier versions have none."""
 
 
 class SAE(nn.Module):
@@ -129,10 +132,12 @@ class SAE(nn.Module):
         `path` is local or any fsspec URL. Only a local one becomes `self.path`.
         """
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-        settings = json.dumps({"format": FORMAT, **self.cfg}, indent=2, allow_nan=False) + "\n"
+        weights = serialise(tensors)
+        head = {"format": FORMAT, _CHECKSUM: crc32c(weights)}
+        settings = json.dumps({**head, **self.cfg}, indent=2, allow_nan=False) + "\n"
         files = run_files(path, storage_options)
         files.make([""])
-        files.replace(WEIGHTS_FILE, serialise(tensors))
+        files.replace(WEIGHTS_FILE, weights)
         files.replace(SETTINGS_FILE, settings.encode())
         if not is_url(path):
             self.path = local_path(path)
@@ -235,7 +240,12 @@ def _load_native(files: RunFiles, settings: bytes, path: Path | None) -> SAE:
     where, data = f"{files.url}/{WEIGHTS_FILE}", files.read(WEIGHTS_FILE)
     if data is None:
         raise FileNotFoundError(f"{where} does not exist; copy the whole directory, or write it again")
-    tensors, _ = parse_tensors(where, data)
+    checksum = cfg.pop(_CHECKSUM, None)
+    if checksum is not None and crc32c(data) != checksum:
+        raise CorruptObject(
+            f"{where} differs from the checksum in {SETTINGS_FILE}; restore both from a copy, or train it again"
+        )
+    tensors = parse_tensors(where, data)
     missing = set(TENSORS) - tensors.keys()
     if missing:
         raise CorruptObject(f"{where} lacks {', '.join(sorted(missing))}. Train or copy it again.")

@@ -1,9 +1,9 @@
 """Where a run's files are: a local directory, or a folder at any fsspec URL.
 
-Both give the same promises: a file is whole or absent, the checkpoint before stays until the next one
-is there, metrics are kept up to the last `sync`. Locally a file is replaced by rename. An object store
-has no rename and no append: a checkpoint is a new object for each moment, created and never
-overwritten, and metrics are written whole at each `sync`. Knows nothing of what the files mean.
+Both give the same promises: a file is whole or absent, metrics are kept up to the last `sync`. Locally a
+file is replaced by rename. An object store has no rename and no append: metrics are written whole at each
+`sync`. What is created once and never replaced goes through `store`, which both have: sae/checkpoint.py.
+Knows nothing of what the files mean.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from actcache.errors import Conflict, SpecError, StoreError
 
-from .checkpoint import CHECKPOINT_FILE, write_atomically
+from .tensors import write_atomically
 
 if TYPE_CHECKING:
     from actcache.store import Store
@@ -64,6 +64,8 @@ class RunFiles(ABC):
     """Files under one place; `url` names it in messages. One process writes, any number read."""
 
     url: str
+    store: "Store"
+    """The same place, for objects that are created and never replaced."""
 
     @abstractmethod
     def make(self, folders: Sequence[str]) -> None:
@@ -97,26 +99,15 @@ class RunFiles(ABC):
     def cut(self, name: str, size: int) -> None:
         """Leave the first `size` bytes of a file, which is made if it is not there."""
 
-    @abstractmethod
-    def save_checkpoint(self, data: bytes, rows: int) -> None:
-        """Store a checkpoint after `rows` rows; the one before goes once this one is there."""
-
-    @abstractmethod
-    def load_checkpoint(self) -> tuple[str, bytes] | None:
-        """Its name and content; None if there is none."""
-
-    @abstractmethod
-    def has_checkpoint(self) -> bool: ...
-
-    @abstractmethod
-    def remove_checkpoint(self) -> None: ...
-
 
 class LocalFiles(RunFiles):
     """A directory."""
 
     def __init__(self, path: Path) -> None:
+        from actcache.store import open_store
+
         self.path, self.url = path, str(path)
+        self.store = open_store(path.absolute())
 
     def make(self, folders: Sequence[str]) -> None:
         try:
@@ -160,24 +151,9 @@ class LocalFiles(RunFiles):
         path.touch()
         os.truncate(path, size)
 
-    def save_checkpoint(self, data: bytes, rows: int) -> None:
-        write_atomically(self.path / CHECKPOINT_FILE, data)
-
-    def load_checkpoint(self) -> tuple[str, bytes] | None:
-        data = self.read(CHECKPOINT_FILE)
-        return None if data is None else (str(self.path / CHECKPOINT_FILE), data)
-
-    def has_checkpoint(self) -> bool:
-        return (self.path / CHECKPOINT_FILE).exists()
-
-    def remove_checkpoint(self) -> None:
-        (self.path / CHECKPOINT_FILE).unlink(missing_ok=True)
-
 
 class StoredFiles(RunFiles):
     """A folder of an object store. What is appended is held in memory until `sync`."""
-
-    _PREFIX = "checkpoints"
 
     def __init__(self, store: "Store") -> None:
         self.store, self.url = store, store.url
@@ -210,26 +186,3 @@ class StoredFiles(RunFiles):
                 f"{self.url}/{name} has {len(data)} bytes, but the checkpoint counts {size}; restore it from a copy"
             )
         self._appended[name] = bytearray(data[:size])
-
-    def save_checkpoint(self, data: bytes, rows: int) -> None:
-        before = self._checkpoints()
-        # a resumed run continues from the newest, so its next one is new; to meet one is to meet another run
-        key = f"{self._PREFIX}/{rows:016d}.safetensors"
-        self.store.create(key, data)
-        for old in before:
-            if old != key:
-                self.store.delete(old)
-
-    def load_checkpoint(self) -> tuple[str, bytes] | None:
-        keys = self._checkpoints()
-        return (f"{self.url}/{keys[-1]}", self.store.read(keys[-1])) if keys else None
-
-    def has_checkpoint(self) -> bool:
-        return bool(self._checkpoints())
-
-    def remove_checkpoint(self) -> None:
-        for key in self._checkpoints():
-            self.store.delete(key)
-
-    def _checkpoints(self) -> list[str]:
-        return [o.key for o in self.store.listing(self._PREFIX) if o.key.endswith(".safetensors")]

@@ -1,8 +1,9 @@
 """The directory of a training run: what it holds, whether it is the same run, how it goes on.
 
-A run directory holds `run.json`, while unfinished a checkpoint, and for each SAE a directory
-`<architecture>-<d_sae>-<what controls its L0>` with `metrics.jsonl` and, once finished, the SAE
-itself. It is local or at any fsspec URL: sae/files.py has what differs.
+A run directory holds `run.json`, while unfinished a checkpoint (sae/checkpoint.py), and for each SAE a
+directory `<architecture>-<d_sae>-<what controls its L0>` with `metrics.jsonl` and, once finished, the SAE
+itself. It is local or at any fsspec URL: sae/files.py has what differs. One process of a run writes; the
+other ranks of a distributed one only look, and write their parts of checkpoints.
 """
 
 import json
@@ -11,17 +12,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from actcache.errors import Conflict, StoreError
 
-from actcache.errors import Conflict
-
-from . import checkpoint
 from .architectures import Architecture
+from .checkpoint import Checkpoints, PartInfo, StoredCheckpoint
+from .checkpoint_writer import CheckpointWriter
 from .core import SAE, load, parse_json
 from .files import run_files
 
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
 RUN_FORMAT = 1
+_FREE = ("checkpoint_every_rows", "checkpoint_every_s")
+"""Settings of `training` that change no number: a run may go on with others."""
 
 
 class RunDirectory:
@@ -36,33 +38,47 @@ class RunDirectory:
     ) -> None:
         self.files, self.names = run_files(location, storage_options), list(names)
         self.path, self.storage_options = self.files.url, storage_options
+        self.checkpoints = Checkpoints(self.files.store)
         self.description = json.loads(json.dumps({"format": RUN_FORMAT, **description}))
 
-    def open(self, resume: bool) -> tuple[dict[str, Tensor], dict[str, Any]] | list[SAE] | None:
+    def open(self, resume: bool, writer: bool = True) -> StoredCheckpoint | list[SAE] | None:
         """What the directory holds: a finished run's SAEs, a checkpoint, or nothing, then made ready.
+
+        Args:
+            resume: False refuses a directory that already holds a run.
+            writer: False for the other ranks of a distributed run, once `open` of the rank that writes has
+                returned: changes nothing and ignores `resume`.
 
         Raises:
             Conflict: it holds a run of other settings, or any run and `resume` is False.
+            FormatError: its checkpoint is of another version.
+            CorruptObject: its checkpoint is damaged.
+            StoreError: this rank does not see the directory.
         """
         data = self.files.read(RUN_FILE)
+        if data is None and not writer:
+            raise StoreError(
+                f"{self.path} has no {RUN_FILE} as seen by this rank. Give all ranks one place: a file system that "
+                "all nodes share, or a URL."
+            )
         if data is not None:
             found = parse_json(f"{self.path}/{RUN_FILE}", data)
             finished = found.pop("finished", False)
-            self._check_same_run(found, resume)
+            self._check_same_run(found, resume or not writer)
             if finished:
+                if writer:
+                    self.checkpoints.remove()  # of a process that was killed as it did so
                 return [load(f"{self.path}/{name}", self.storage_options) for name in self.names]
-        else:
+        stored = self.checkpoints.newest()
+        if not writer:
+            return stored
+        if data is None:
             self.files.make(self.names)
             self._write_run(finished=False)
-        stored = self.files.load_checkpoint()
-        if stored is None:
-            for file in self.metrics_files:
-                self.files.cut(file, 0)
-            return None
-        tensors, state = checkpoint.parse_checkpoint(*stored)
-        for file, size in zip(self.metrics_files, state["metrics_bytes"], strict=True):
+        sizes = [0] * len(self.names) if stored is None else stored.state["metrics_bytes"]
+        for file, size in zip(self.metrics_files, sizes, strict=True):
             self.files.cut(file, size)
-        return tensors, state
+        return stored
 
     @property
     def metrics_files(self) -> list[str]:
@@ -73,11 +89,24 @@ class RunDirectory:
         for file, line in zip(self.metrics_files, lines, strict=True):
             self.files.append(file, (json.dumps(line) + "\n").encode())
 
-    def save_checkpoint(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Replace the checkpoint, once the metrics that it counts are stored."""
-        sizes = self.files.sync(self.metrics_files)
-        data = checkpoint.checkpoint_bytes(tensors, {**state, "metrics_bytes": sizes})
-        self.files.save_checkpoint(data, state["rows"])
+    def checkpoint_writer(
+        self, rank: int = 0, world: int = 1, attempt: str | None = None
+    ) -> CheckpointWriter:
+        """What a rank writes its parts of checkpoints with."""
+        return CheckpointWriter(self.files.store, rank, world, attempt)
+
+    def with_metrics(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of a checkpoint that begins now, with the metrics so far, which are made durable."""
+        return {**state, "metrics_bytes": self.files.sync(self.metrics_files)}
+
+    def complete_checkpoint(self, rows: int, state: Mapping[str, Any], parts: Sequence[PartInfo]) -> None:
+        """Make the parts of all ranks the run's checkpoint; those before are removed.
+
+        Raises:
+            Conflict: another process trains into the same directory.
+            StoreError: a part is not to be seen from here, or the store refused.
+        """
+        self.checkpoints.complete(rows, state, parts)
 
     def finish(self, saes: Sequence[SAE]) -> None:
         """Save the SAEs, then mark the run as finished."""
@@ -85,11 +114,12 @@ class RunDirectory:
         for s, name in zip(saes, self.names, strict=True):
             s.save(f"{self.path}/{name}", self.storage_options)
         self._write_run(finished=True)
-        self.files.remove_checkpoint()
+        self.checkpoints.remove()
 
     @property
-    def has_checkpoint(self) -> bool:
-        return self.files.has_checkpoint()
+    def checkpoint_rows(self) -> int | None:
+        """Rows of the newest checkpoint that was found or completed; None if there is none."""
+        return self.checkpoints.rows
 
     def _write_run(self, finished: bool) -> None:
         text = json.dumps({**self.description, "finished": finished}, indent=2) + "\n"
@@ -100,12 +130,33 @@ class RunDirectory:
             raise Conflict(
                 f"{self.path} already holds a run and resume is off; choose another directory or remove it"
             )
-        changes = checkpoint.differences(found, self.description)
+        changes = differences(_fixed(found), _fixed(self.description))
         if changes:
             raise Conflict(
                 f"{self.path} holds a run of other settings ({'; '.join(changes)}). "
                 "Choose another directory, or repeat the old settings to continue it."
             )
+
+
+def _fixed(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What must stay as it is for a run to go on."""
+    training = description.get("training", {})
+    return {**description, "training": {k: v for k, v in training.items() if k not in _FREE}}
+
+
+def differences(found: Any, wanted: Any, where: str = "") -> list[str]:
+    """Where two JSON values differ, as `field: found -> wanted`."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        names = list(found) + [name for name in wanted if name not in found]
+        return [
+            line
+            for name in names
+            for line in differences(found.get(name), wanted.get(name), f"{where}.{name}".lstrip("."))
+        ]
+    if found == wanted:
+        return []
+    old, new = ("present" if isinstance(value, dict) else str(value) for value in (found, wanted))
+    return [f"{where}: {old} -> {new}"]
 
 
 def run_names(configs: Sequence[Architecture]) -> list[str]:

@@ -19,10 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actcache.errors import ActcacheError, SpecError
+from actcache.errors import ActcacheError, SpecError, StoreError
 from actcache.progress import Progress
 
 from .architectures import Architecture, config_to_dict
+from .checkpoint import StoredCheckpoint
+from .checkpoint_writer import Piece
 from .core import SAE
 from .learner import Learner, geometric_median
 from .rotation import rotation_of, turned
@@ -30,7 +32,7 @@ from .rundir import METRICS_FILE, RunDirectory, run_names
 from .step import Outcome
 from .streams import Batch, Stream, dataset_of, resumed
 from .trackers import make_trackers
-from .training import Training, input_factor, total_variance
+from .training import CheckpointSchedule, Training, input_factor, total_variance
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +138,9 @@ class Trainer:
         self.directory = (
             None if out is None else RunDirectory(out, self.names, self._description(), storage_options)
         )
+        self.checkpoint_writer = None if self.directory is None else self.directory.checkpoint_writer()
+        self.schedule = CheckpointSchedule(training.checkpoint_every_rows, training.checkpoint_every_s)
+        self._begun: tuple[int, dict[str, Any]] | None = None
         self.trackers = make_trackers(log, out)
         self._buffers: dict[str, Tensor] = {}
         self._log_rows, self._log_time, self._log_stall = 0, time.perf_counter(), 0.0
@@ -153,7 +158,7 @@ class Trainer:
             logger.info("%s already holds this finished run; nothing to train", self.directory.path)
             return found
         if found is not None:
-            self._restore(*found)
+            self._restore(found)
             logger.info("%s: continuing after %s rows", self.directory.path, f"{self.rows:,}")
         return None
 
@@ -161,6 +166,7 @@ class Trainer:
         """Train to the end, and save."""
         label = f"training {len(self.learners)} SAE{'s' if len(self.learners) > 1 else ''}"
         self._log_rows, self._log_time, self._log_stall = self.rows, time.perf_counter(), 0.0
+        self.schedule.begin(self.rows, time.monotonic())
         if self.rows < self.training.n_rows:
             for tracker in self.trackers:
                 tracker.start(self._description(), self.step)
@@ -168,12 +174,16 @@ class Trainer:
             try:
                 with Progress(label, total=self.training.n_rows, unit="rows", done=self.rows) as progress:
                     self._loop(batches, progress)
+            except BaseException:
+                self._keep_checkpoint()
+                raise
             finally:
                 close = getattr(batches, "close", None)  # ends the threads of a stream that reads ahead
                 if close is not None:
                     close()
                 for tracker in self.trackers:
                     tracker.close()
+        self._complete_checkpoint(wait=True)
         saes = [self._finished(learner) for learner in self.learners]
         if self.directory is not None:
             self.directory.finish(saes)
@@ -185,7 +195,8 @@ class Trainer:
             batch = next(batches, None)
             self._log_stall += time.perf_counter() - waiting_since
             if batch is None:
-                self._save_checkpoint()
+                self._begin_checkpoint()
+                self._complete_checkpoint(wait=True)
                 raise SpecError(
                     f"the stream ended after {self.rows:,} rows, but n_rows is {self.training.n_rows:,}. "
                     "Ask for more epochs of the stream, or for fewer rows."
@@ -194,14 +205,13 @@ class Trainer:
                 continue
             n = min(len(batch), self.training.n_rows - self.rows)
             outcomes = self._train_batch(batch, n)
-            every = self.training.checkpoint_every_rows
-            due = self.rows // every > (self.rows - n) // every
             shown = {}
             if (self.step - 1) % self.training.log_every == 0 or self.rows == self.training.n_rows:
                 shown = self._log(outcomes, n)
             progress.advance(n, **shown)
-            if due and self.rows < self.training.n_rows:
-                self._save_checkpoint()
+            self._complete_checkpoint()
+            if self.rows < self.training.n_rows and self.schedule.due(self.rows, time.monotonic()):
+                self._begin_checkpoint()
 
     def _train_batch(self, batch: Batch, n: int) -> list[Outcome]:
         """One step of every SAE; each loss is checked before it changes that SAE's weights."""
@@ -248,7 +258,8 @@ class Trainer:
             cause = "its rows are finite, so training diverged"
             remedy = "Lower the learning rate or raise lr_warmup_rows, and train into a new directory."
         kept = ""
-        if self.directory is not None and self.directory.has_checkpoint:
+        self._keep_checkpoint()
+        if self.directory is not None and self.directory.checkpoint_rows is not None:
             kept = f" The last checkpoint in {self.directory.path} is intact."
         raise NonFiniteLoss(
             f"the loss of {name} is {outcome.loss} at step {self.step + 1} (batch {self.step}, rows {self.rows:,} "
@@ -307,28 +318,48 @@ class Trainer:
         s, rotation_DD = learner.finished(self._cfg(learner)), self.rotations[str(learner.config.site)]
         return s if rotation_DD is None else turned(s, rotation_DD)
 
-    def _save_checkpoint(self) -> None:
-        if self.directory is None:
+    def _begin_checkpoint(self) -> None:
+        """Copy what a checkpoint holds; a thread writes it, `_complete_checkpoint` makes it count."""
+        self.schedule.begin(self.rows, time.monotonic())
+        if self.directory is None or self.checkpoint_writer is None:
             return
-        tensors = {
-            f"{i}.{name}": tensor.cpu()
+        self._complete_checkpoint(wait=True)
+        if self.directory.checkpoint_rows == self.rows:
+            return
+        pieces = {
+            f"{i}.{name}": Piece(tensor)
             for i, learner in enumerate(self.learners)
             for name, tensor in learner.tensors().items()
         }
         state = {
-            "rows": self.rows,
             "step": self.step,
             "stream": self.stream.state(),
             "saes": [learner.state() for learner in self.learners],
         }
-        self.directory.save_checkpoint(tensors, state)
+        self._begun = self.rows, self.directory.with_metrics(state)
+        self.checkpoint_writer.begin(pieces, self.rows)
 
-    def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def _complete_checkpoint(self, wait: bool = False) -> None:
+        """Complete the checkpoint that was begun, if its part is written; `wait` for it."""
+        if self._begun is None or self.directory is None or self.checkpoint_writer is None:
+            return
+        part = self.checkpoint_writer.wait() if wait else self.checkpoint_writer.written()
+        if part is not None:
+            (rows, state), self._begun = self._begun, None
+            self.directory.complete_checkpoint(rows, state, [part])
+
+    def _keep_checkpoint(self) -> None:
+        """Complete what was begun before an error goes up; that error comes first."""
+        try:
+            self._complete_checkpoint(wait=True)
+        except StoreError as error:
+            logger.warning("%s", error)
+
+    def _restore(self, stored: StoredCheckpoint) -> None:
+        state = stored.state
         for i, learner in enumerate(self.learners):
-            prefix = f"{i}."
-            own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            learner.restore(own, state["saes"][i])
-        self.rows, self.step = state["rows"], state["step"]
+            learner.restore(stored.under(f"{i}."), state["saes"][i])
+        self.rows, self.step = stored.rows, state["step"]
         self.stream = resumed(self.stream, state["stream"], self.rows)
 
     def _description(self) -> dict[str, Any]:

@@ -114,13 +114,20 @@ class Training:
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
 
-    checkpoint_every_rows: int = 1_000_000
-    """Rows between checkpoints, when the run has a directory."""
+    checkpoint_every_rows: int | None = 1_000_000
+    """Rows between checkpoints, when the run has a directory. None: by time alone."""
+
+    checkpoint_every_s: float | None = 600.0
+    """Seconds between checkpoints, where `checkpoint_every_rows` takes longer. None: by rows alone."""
 
     def __post_init__(self) -> None:
         for name in ("n_rows", "log_every", "checkpoint_every_rows"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.checkpoint_every_s is not None and not 0 < self.checkpoint_every_s < math.inf:
+            raise ValueError(
+                f"checkpoint_every_s is {self.checkpoint_every_s}; it must be positive, or none for rows alone"
+            )
         if self.dead_after_rows is not None and self.dead_after_rows < 1:
             raise ValueError(f"dead_after_rows is {self.dead_after_rows}; it must be at least 1")
         self._optimiser()  # checks what it shares with an SAE's own settings
@@ -165,6 +172,27 @@ class Training:
     def _optimiser(self) -> Optimiser:
         shared = {name: getattr(self, name) for name in Optimiser.__dataclass_fields__ if name != "eps"}
         return Optimiser(**shared)
+
+
+class CheckpointSchedule:
+    """When a checkpoint is due: so many rows or so many seconds after the one before, whichever is first.
+
+    None for either leaves it out. In a distributed run the clock of one rank decides for all.
+    """
+
+    def __init__(self, every_rows: int | None, every_s: float | None) -> None:
+        self.every_rows, self.every_s = every_rows, every_s
+        self._rows, self._begun_s = 0, 0.0
+
+    def begin(self, rows: int, now_s: float) -> None:
+        """Count from here: the run starts or goes on, or a checkpoint was begun."""
+        self._rows, self._begun_s = rows, now_s
+
+    def due(self, rows: int, now_s: float) -> bool:
+        """Whether a checkpoint should begin after `rows` rows, at `now_s` seconds of the clock of `begin`."""
+        return (self.every_rows is not None and rows - self._rows >= self.every_rows) or (
+            self.every_s is not None and now_s - self._begun_s >= self.every_s
+        )
 
 
 def input_factor(stats: Mapping[str, Any], rule: InputScale) -> float:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from actcache.errors import CorruptObject, FormatError, SpecError
 
-from ..checkpoint import write_atomically
 from ..core import SAE, TENSORS, read_json
+from ..tensors import write_atomically
 from .weights import (
     BY_AVERAGE,
     add_to_pre_activations,

@@ -17,8 +17,8 @@ import torch
 
 from actcache.errors import CorruptObject, FormatError
 
-from ..checkpoint import read_tensors, write_atomically, write_tensors
 from ..core import EXTRA_TENSORS, SAE, TENSORS, read_json
+from ..tensors import read_tensors, write_atomically, write_tensors
 from .weights import BY_AVERAGE, add_to_pre_activations, at_or_above, strictly_above, to_unit_norm
 
 _VERSION = "6.54.12"
@@ -92,7 +92,7 @@ def read(directory: Path) -> SAE:
         )
     _refuse_options(cfg, directory)
     architecture = _ARCHITECTURES[name]
-    tensors, _ = read_tensors(directory / WEIGHTS_FILE)
+    tensors = read_tensors(directory / WEIGHTS_FILE)
     renamed = {"b_enc": "b_mag"} if architecture == "gated" else {}  # of the values; ours is b_enc for both
     if architecture in BY_AVERAGE and "topk_threshold" in tensors:  # a training save
         renamed["threshold"] = "topk_threshold"

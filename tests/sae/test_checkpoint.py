@@ -1,13 +1,15 @@
-"""Interrupted runs continue to the same bits; what is on the disk is whole or absent."""
+"""Interrupted runs continue to the same bits; a checkpoint that exists is complete."""
 
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,10 @@ import torch
 
 import sae
 from actcache.errors import Conflict, CorruptObject, FormatError, StoreError
-from sae import checkpoint
-from sae.files import LocalFiles, RunFiles, StoredFiles, run_files
+from actcache.store import LocalStore, Store, open_store
+from sae.checkpoint import Checkpoints, StoredCheckpoint
+from sae.files import run_files
+from sae.train import Trainer
 
 CONFIGS = [
     sae.TopK(d_sae=64, k=6, optimiser=sae.Optimiser(ema_decay=0.9)),
@@ -85,7 +89,7 @@ def test_a_resumed_run_equals_the_straight_one_to_the_bit(
     for s, name in zip(resumed, NAMES, strict=True):
         loaded = sae.load(straight / name)
         assert torch.equal(s.W_enc, loaded.W_enc)
-    assert not (tmp_path / checkpoint.CHECKPOINT_FILE).exists()
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_stream_that_can_not_restore_is_read_again_up_to_the_row(straight: Path, tmp_path: Path) -> None:
@@ -98,11 +102,11 @@ def test_a_stream_that_can_not_restore_is_read_again_up_to_the_row(straight: Pat
 
 
 def _slow_run(tmp_path: Path) -> Path:
-    """A script that trains CONFIGS into its first argument, slowly; its second is the storage options."""
+    """A script that trains CONFIGS into its argument, slowly."""
     script = tmp_path / "run.py"
     script.write_text(
         textwrap.dedent(f"""
-        import json, sys, time
+        import sys, time
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         import torch
         torch.set_num_threads({torch.get_num_threads()})
@@ -115,14 +119,13 @@ def _slow_run(tmp_path: Path) -> Path:
                     time.sleep(0.02)
                     yield batch
 
-        out, *options = sys.argv[1:]
-        options = {{"storage_options": json.loads(options[0])}} if options else {{}}
-        sae.train(Slow(_acts()), CONFIGS, TRAINING, out=out, **options)
+        sae.train(Slow(_acts()), CONFIGS, TRAINING, out=sys.argv[1])
         """)
     )
     return script
 
 
+@pytest.mark.slow
 def test_a_run_killed_by_sigkill_resumes_to_the_bit(straight: Path, tmp_path: Path) -> None:
     """A real process, killed at real moments, until one lifetime suffices."""
     script = _slow_run(tmp_path)
@@ -130,32 +133,29 @@ def test_a_run_killed_by_sigkill_resumes_to_the_bit(straight: Path, tmp_path: Pa
     kills = rows = 0
     while kills < 3:
         process = subprocess.Popen([sys.executable, str(script), str(out)], stderr=subprocess.DEVNULL)
-        seen = _stamp(out)
-        while process.poll() is None and _stamp(out) == seen:
+        while process.poll() is None and _stored_rows(out) <= rows:
             time.sleep(0.002)
-        time.sleep(0.03 * kills)  # at the rename, between checkpoints, in a later step
+        time.sleep(0.03 * kills)  # as the old one goes, between checkpoints, in a later step
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-        stored = _checkpoint(out)  # never torn
+        stored = _checkpoint(open_store(out))
         assert stored is not None
-        assert stored[1]["rows"] > rows
-        rows = stored[1]["rows"]
+        assert stored.rows > rows
+        assert len(dict(stored)) == len(stored), "every byte of it is whole"
+        rows = stored.rows
         kills += 1
     sae.train(Breaking(_acts()), CONFIGS, TRAINING, out=out)
     assert _bits(out) == _bits(straight)
     assert _curves(out) == _curves(straight)
 
 
-def _checkpoint(out: Path) -> tuple[dict, dict] | None:
-    stored = LocalFiles(out).load_checkpoint()
-    return None if stored is None else checkpoint.parse_checkpoint(*stored)
+def _checkpoint(store: Store) -> StoredCheckpoint | None:
+    return Checkpoints(store).newest()
 
 
-def _stamp(out: Path) -> int:
-    try:
-        return (out / checkpoint.CHECKPOINT_FILE).stat().st_ino
-    except FileNotFoundError:
-        return 0
+def _stored_rows(out: Path) -> int:
+    """Rows of the newest complete checkpoint of a local run; 0 if there is none."""
+    return max((int(path.parent.name) for path in out.glob("checkpoints/*/done.json")), default=0)
 
 
 def test_a_finished_run_is_returned_at_once(straight: Path) -> None:
@@ -190,64 +190,137 @@ def test_other_settings_in_the_same_directory_are_named(straight: Path, tmp_path
 def test_a_damaged_checkpoint_is_named_and_not_trained_over(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         sae.train(Breaking(_acts(), after=20), CONFIGS, TRAINING, out=tmp_path)
-    file = tmp_path / checkpoint.CHECKPOINT_FILE
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CorruptObject, match=r"checkpoint.safetensors is not a whole safetensors file"):
-        sae.train(Breaking(_acts()), CONFIGS, TRAINING, out=tmp_path)
-    checkpoint.write_tensors(file, {"a": torch.zeros(1)}, {"format": 99})
-    with pytest.raises(FormatError, match="holds format 99; this version reads format 2"):
-        sae.train(Breaking(_acts()), CONFIGS, TRAINING, out=tmp_path)
+    (part,) = tmp_path.glob("checkpoints/*/part-*")
+    whole = part.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for damaged, reason in ((bytes(flipped), "differs from its checksum"), (whole[:-9], "ends after")):
+        part.write_bytes(damaged)
+        with pytest.raises(CorruptObject, match=rf"{part.name} {reason}.*restore it from a copy, or remove"):
+            sae.train(Breaking(_acts()), CONFIGS, TRAINING, out=tmp_path)
+    shutil.rmtree(part.parent)  # as the message says: from the start
+    assert len(sae.train(Breaking(_acts()), CONFIGS, TRAINING, out=tmp_path)) == len(CONFIGS)
+
+
+@pytest.mark.parametrize("place", ["local", "memory"])
+def test_a_directory_with_a_checkpoint_of_an_older_format_is_refused(tmp_path: Path, place: str) -> None:
+    out = str(tmp_path) if place == "local" else "memory://sae-checkpoints/old"
+    old = "checkpoint.safetensors" if place == "local" else "checkpoints/0000000000003000.safetensors"
+    open_store(out).create(old, b"of a version that was never released")
+    with pytest.raises(
+        FormatError, match=rf"{old}\); this version reads format 3. Train into a new directory"
+    ):
+        sae.train(Breaking(_acts()), CONFIGS, TRAINING, out=out)
 
 
 def test_a_disk_that_refuses_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
-    """A real refusal by the kernel: a file-size limit between two writes."""
+    """A real refusal by the kernel: a file-size limit between two parts."""
     script = textwrap.dedent("""
         import resource, signal, sys
-        from pathlib import Path
         import torch
         from actcache.errors import StoreError
-        from sae.checkpoint import checkpoint_bytes, parse_checkpoint
-        from sae.files import LocalFiles
-        out = Path(sys.argv[1])
-        files = LocalFiles(out)
-        files.save_checkpoint(checkpoint_bytes({"w": torch.arange(10_000)}, {"rows": 1}), 1)
+        from actcache.store import open_store
+        from sae.checkpoint import Checkpoints
+        from sae.checkpoint_writer import CheckpointWriter, Piece
+        store = open_store(sys.argv[1])
+        writer, checkpoints = CheckpointWriter(store), Checkpoints(store)
+        writer.begin({"w": Piece(torch.arange(10_000))}, 1)
+        checkpoints.complete(1, {}, [writer.wait()])
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        writer.begin({"w": Piece(torch.zeros(10_000))}, 2)
         try:
-            files.save_checkpoint(checkpoint_bytes({"w": torch.zeros(10_000)}, {"rows": 2}), 2)
+            writer.wait()
         except StoreError as error:
             print(error)
-        tensors, state = parse_checkpoint(*files.load_checkpoint())
-        assert state["rows"] == 1 and torch.equal(tensors["w"], torch.arange(10_000))
-        print(*[p.name for p in out.iterdir()])
+        stored = Checkpoints(store).newest()
+        assert stored.rows == 1 and torch.equal(stored["w"], torch.arange(10_000))
+        print(*[o.key for o in [*store.listing(""), *store.leftovers()]])
     """)
     result = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
     )
     message, files = result.stdout.splitlines()
-    assert "checkpoint.safetensors could not be written: File too large" in message
-    assert files == "checkpoint.safetensors"
+    assert message.startswith("a checkpoint could not be written: ")
+    assert "0000000000000002/part-" in message
+    assert "File too large" in message
+    assert "The one before is intact" in message
+    done, part = files.split()
+    assert done == "checkpoints/0000000000000001/done.json"
+    assert part.startswith("checkpoints/0000000000000001/part-")
 
 
-def test_atomic_write_replaces_whole_files_and_leaves_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    for text in (b"one", b"two"):
-        checkpoint.write_atomically(path, text)
-        assert path.read_bytes() == text
-    assert os.listdir(tmp_path) == ["a.json"]
-    with pytest.raises(StoreError, match="could not be written: No such file or directory"):
-        checkpoint.write_atomically(tmp_path / "absent" / "a.json", b"")
+def test_what_was_begun_before_an_error_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store answers only once the error goes up."""
+    failed = threading.Event()
+    original = LocalStore.create
+
+    def create(self: LocalStore, key: str, data: bytes) -> bool:
+        if "part-" in key:
+            assert failed.wait(60)
+        return original(self, key, data)
+
+    class Failing(Breaking):
+        def __iter__(self) -> Iterator:
+            for i, batch in enumerate(super().__iter__()):
+                if i == 11:  # 3,000 rows were trained on
+                    failed.set()
+                    raise Interrupted
+                yield batch
+
+    monkeypatch.setattr(LocalStore, "create", create)
+    with pytest.raises(Interrupted):
+        sae.train(Failing(_acts()), CONFIGS, TRAINING, out=tmp_path)
+    stored = _checkpoint(open_store(tmp_path))
+    assert stored is not None
+    assert stored.rows == 3000
 
 
-def test_differences_name_the_field() -> None:
-    found, wanted = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}, "e": 5}
-    assert checkpoint.differences(found, wanted) == ["a.c: 2 -> 4", "d: 3 -> None", "e: None -> 5"]
-    assert checkpoint.differences({"a": {"b": 1}}, {"c": {"d": 1}}) == [
-        "a: present -> None",
-        "c: None -> present",
-    ]
-    assert checkpoint.differences(found, found) == []
+def test_a_store_that_refuses_ends_the_run_in_one_line_and_an_earlier_error_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = LocalStore.create
+
+    def refuse(self: LocalStore, key: str, data: bytes) -> bool:
+        if "6200/part-" in key:
+            raise StoreError("refused")
+        return original(self, key, data)
+
+    monkeypatch.setattr(LocalStore, "create", refuse)
+    with pytest.raises(
+        StoreError, match="a checkpoint could not be written: refused. The one before is intact"
+    ):
+        sae.train(Breaking(_acts()), CONFIGS, TRAINING, out=tmp_path)
+    stored = _checkpoint(open_store(tmp_path))
+    assert stored is not None
+    assert stored.rows == 3000
+
+    class Failing(Breaking):
+        def __iter__(self) -> Iterator:
+            for batch in super().__iter__():
+                yield batch
+                if (tmp_path / "checkpoints").exists() and trainer.checkpoint_writer.busy:  # type: ignore[union-attr]
+                    raise Interrupted
+
+    trainer = Trainer(Failing(_acts()), CONFIGS, TRAINING, start=[None] * 4, out=tmp_path)
+    trainer.open(resume=True)
+    with pytest.raises(Interrupted):
+        trainer.run()
+    assert "a checkpoint could not be written: refused" in caplog.text
+
+
+def test_checkpoints_by_time_change_no_bit_and_a_run_may_go_on_with_others(
+    straight: Path, tmp_path: Path
+) -> None:
+    by_time = replace(TRAINING, checkpoint_every_rows=None, checkpoint_every_s=1e-9)  # after every step
+    with pytest.raises(Interrupted):
+        sae.train(Breaking(_acts(), after=7), CONFIGS, by_time, out=tmp_path)
+    stored = _checkpoint(open_store(tmp_path))
+    assert stored is not None
+    assert stored.rows == 7 * 300
+    sae.train(Breaking(_acts()), CONFIGS, replace(TRAINING, checkpoint_every_s=None), out=tmp_path)
+    assert _bits(tmp_path) == _bits(straight)
+    assert _curves(tmp_path) == _curves(straight)
 
 
 def _stored_bits(url: str, options: dict | None) -> dict[str, bytes]:
@@ -261,15 +334,15 @@ def _interrupted_run_at(url: str, options: dict | None, straight: Path) -> None:
         with pytest.raises(Interrupted):
             sae.train(Breaking(_acts(), after=stop), CONFIGS, TRAINING, out=url, storage_options=options)
     files = run_files(url, options)
-    assert isinstance(files, StoredFiles)
-    assert files.has_checkpoint()
-    assert [o.key for o in files.store.listing("checkpoints")] == ["checkpoints/0000000000006200.safetensors"]
+    done, part = (o.key for o in files.store.listing("checkpoints"))
+    assert done == "checkpoints/0000000000006200/done.json"
+    assert part.startswith("checkpoints/0000000000006200/part-")
     resumed = sae.train(Breaking(_acts()), CONFIGS, TRAINING, out=url, storage_options=options)
     assert _stored_bits(url, options) == _bits(straight)
     lines = (files.read(f"{NAMES[0]}/metrics.jsonl") or b"").splitlines()
     clock = ("rows_per_s", "stall_share")
     assert [{k: v for k, v in json.loads(x).items() if k not in clock} for x in lines] == _curves(straight)[0]
-    assert not files.has_checkpoint()
+    assert files.store.listing("checkpoints") == []
     again = sae.train(Breaking(_acts(), after=0), CONFIGS, TRAINING, out=url, storage_options=options)
     for name, s, found in zip(NAMES, resumed, again, strict=True):
         assert s.digest() == found.digest() == sae.load(f"{url}/{name}", options).digest()
@@ -285,67 +358,6 @@ def test_a_run_in_memory_resumes_to_the_bits_of_a_local_one(straight: Path) -> N
 
 def test_a_run_on_s3_resumes_to_the_bits_of_a_local_one(straight: Path, s3: dict) -> None:
     _interrupted_run_at("s3://bucket/sae/run", s3, straight)
-
-
-@pytest.mark.slow
-def test_a_run_on_s3_killed_by_sigkill_resumes_to_the_bit(straight: Path, s3: dict, tmp_path: Path) -> None:
-    """A real process over HTTP, killed before, within and between its writes to the store."""
-    url = "s3://bucket/sae/killed"
-    script = _slow_run(tmp_path)
-    files = run_files(url, s3)
-    rows = 0
-    for kill in range(3):
-        process = subprocess.Popen(
-            [sys.executable, str(script), url, json.dumps(s3)], stderr=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 120
-        while process.poll() is None and _stored_rows(files) <= rows and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(0.02 * kill)  # as the old checkpoint goes, between checkpoints, in a later step
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-        stored = files.load_checkpoint()
-        assert stored is not None
-        assert checkpoint.parse_checkpoint(*stored)[1]["rows"] > rows  # never torn
-        rows = _stored_rows(files)
-    sae.train(Breaking(_acts()), CONFIGS, TRAINING, out=url, storage_options=s3)
-    assert _stored_bits(url, s3) == _bits(straight)
-    assert not files.has_checkpoint()
-
-
-def _stored_rows(files: RunFiles) -> int:
-    """Rows of the newest checkpoint; 0 if there is none."""
-    assert isinstance(files, StoredFiles)
-    keys = [o.key for o in files.store.listing("checkpoints")]
-    return max((int(Path(key).stem) for key in keys if key.endswith(".safetensors")), default=0)
-
-
-def test_two_runs_at_one_url_can_not_mix_their_checkpoints() -> None:
-    files = run_files("memory://sae-checkpoints/two")
-    files.save_checkpoint(b"of one run", 3000)
-    with pytest.raises(Conflict, match=r"checkpoints/0000000000003000.safetensors"):
-        files.save_checkpoint(b"of another", 3000)
-    assert files.load_checkpoint() == (
-        "memory://sae-checkpoints/two/checkpoints/0000000000003000.safetensors",
-        b"of one run",
-    )
-
-
-def test_a_store_that_fails_between_checkpoints_leaves_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = run_files("memory://sae-checkpoints/fails")
-    assert isinstance(files, StoredFiles)
-    files.save_checkpoint(b"whole", 3000)
-
-    def refuse(key: str, data: bytes) -> bool:
-        raise StoreError("refused")
-
-    monkeypatch.setattr(files.store, "create", refuse)
-    with pytest.raises(StoreError, match="refused"):
-        files.save_checkpoint(b"never there", 6000)
-    assert files.load_checkpoint() == (
-        "memory://sae-checkpoints/fails/checkpoints/0000000000003000.safetensors",
-        b"whole",
-    )
 
 
 def test_a_url_without_an_sae_is_one_clear_line() -> None:
