@@ -125,6 +125,7 @@ def _slow_run(tmp_path: Path) -> Path:
     return script
 
 
+@pytest.mark.slow
 def test_a_run_killed_by_sigkill_resumes_to_the_bit(straight: Path, tmp_path: Path) -> None:
     """A real process, killed at real moments, until one lifetime suffices."""
     script = _slow_run(tmp_path)
