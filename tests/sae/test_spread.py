@@ -61,9 +61,7 @@ class Ending(sae.ArrayStream):
             yield batch
 
 
-def _run(
-    spread: str | None, out: str, last: int | None = None, bad: int | None = None, **changes
-) -> dict:
+def _run(spread: str | None, out: str, last: int | None = None, bad: int | None = None, **changes) -> dict:
     """One rank's part of a run; what it saw."""
     import torch.distributed as dist
 
