@@ -61,7 +61,7 @@ class ForkedProcess(ActcacheError, RuntimeError):
 
 
 class RankFailed(ActcacheError, RuntimeError):
-    """Another rank could not read its rows of a batch that is gathered from several; its own error says why."""
+    """Another rank of a distributed stream or training failed; its own error says why."""
 
 
 class NonFiniteActivation(ActcacheError, ArithmeticError):
