@@ -15,7 +15,8 @@ from typing import Any
 from actcache.errors import Conflict, StoreError
 
 from .architectures import Architecture
-from .checkpoint import Checkpoints, PartInfo, StoredCheckpoint
+from .checkpoint import PartInfo, StoredCheckpoint
+from .checkpoint_folder import Checkpoints
 from .checkpoint_writer import CheckpointWriter
 from .core import SAE, load, parse_json
 from .files import run_files
@@ -50,7 +51,8 @@ class RunDirectory:
                 returned: changes nothing and ignores `resume`.
 
         Raises:
-            Conflict: it holds a run of other settings, or any run and `resume` is False.
+            Conflict: it holds a run of other settings, or any run and `resume` is False; or a checkpoint
+                without its settings.
             FormatError: its checkpoint is of another version.
             CorruptObject: its checkpoint is damaged.
             StoreError: this rank does not see the directory.
@@ -72,6 +74,11 @@ class RunDirectory:
         stored = self.checkpoints.newest()
         if not writer:
             return stored
+        if data is None and stored is not None:
+            raise Conflict(
+                f"{self.path} has a checkpoint but no {RUN_FILE}, so nobody knows its settings. Restore {RUN_FILE} from a "
+                f"copy, or remove {stored.where} to start again."
+            )
         if data is None:
             self.files.make(self.names)
             self._write_run(finished=False)
