@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .errors import SpecError
+from .gathering import Gather
 from .order import Order, Span, permutation
 from .reader import Index
 from .spec import FORMAT
@@ -194,11 +195,11 @@ class MixedStream:
             self.restore(state)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _mixed, (self._parts, self.sites, self.options, self.state())
+        return _mixed, (self._parts, self.sites, self.options.sendable(), self.state())
 
-    def for_rank(self, rank: int, world_size: int) -> "MixedStream":
+    def for_rank(self, rank: int, world_size: int, gather: Gather | None = None) -> "MixedStream":
         """As `Stream.for_rank`."""
-        options = replace(self.options, rank=rank, world_size=world_size)
+        options = replace(self.options, rank=rank, world_size=world_size, gather=gather)
         return _mixed(self._parts, self.sites, options, self.state())
 
     def __len__(self) -> int:
@@ -467,11 +468,11 @@ class ZippedStream:
             self.restore(state)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self._zipped._stream, (self.sites, self.options, self.state())
+        return self._zipped._stream, (self.sites, self.options.sendable(), self.state())
 
-    def for_rank(self, rank: int, world_size: int) -> "ZippedStream":
+    def for_rank(self, rank: int, world_size: int, gather: Gather | None = None) -> "ZippedStream":
         """As `Stream.for_rank`."""
-        options = replace(self.options, rank=rank, world_size=world_size)
+        options = replace(self.options, rank=rank, world_size=world_size, gather=gather)
         return self._zipped._stream(self.sites, options, self.state())
 
     def __len__(self) -> int:

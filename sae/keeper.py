@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from actcache.errors import ActcacheError, Drained
+from actcache.errors import ActcacheError, Drained, RankFailed
 
 from .checkpoint import PartInfo
 from .checkpoint_writer import CheckpointWriter, Piece
@@ -25,7 +25,7 @@ from .training import CheckpointSchedule
 logger = logging.getLogger(__name__)
 
 MEETING_STEPS = 20
-"""Steps between meetings of several ranks."""
+"""The most steps between meetings of several ranks."""
 
 State = Callable[[], dict[str, Any]]
 """The JSON state of a checkpoint; called on every rank."""
@@ -43,6 +43,7 @@ class Keeper:
         schedule: when a checkpoint is due.
         pieces, state: what a checkpoint holds.
         asked: True once somebody asked this process to stop.
+        log_every: steps between lines of metrics; ranks meet at least so often.
     """
 
     def __init__(
@@ -53,13 +54,15 @@ class Keeper:
         pieces: Pieces,
         state: State,
         asked: Callable[[], bool],
+        log_every: int = MEETING_STEPS,
     ) -> None:
         self.group, self.directory, self._schedule = group, directory, schedule
+        self._every = min(MEETING_STEPS, log_every)
         self._pieces, self._state, self._asked = pieces, state, asked
         attempt = self.group.objects(secrets.token_hex(4))[0]
-        self._writer: CheckpointWriter | None = None
+        self.writer: CheckpointWriter | None = None
         if directory is not None:
-            self._writer = directory.checkpoint_writer(group.rank, group.world, attempt)
+            self.writer = directory.checkpoint_writer(group.rank, group.world, attempt)
         self._part: PartInfo | None = None
         self._begun: dict[str, Any] | None = None
         """State of the checkpoint that is being written, where rank 0 will complete it."""
@@ -76,8 +79,8 @@ class Keeper:
         self._schedule.begin(rows, time.monotonic())
 
     def due(self, step: int) -> bool:
-        """True where the ranks meet: at every step of one process, at every twentieth of several."""
-        return self.group.world == 1 or step % MEETING_STEPS == 0
+        """True where the ranks meet; one process meets itself at every step."""
+        return self.group.world == 1 or step % self._every == 0
 
     def meet(self, rows: int, stall: float) -> None:
         """Exchange, then save, complete a checkpoint, stop or raise, on all ranks alike.
@@ -113,19 +116,19 @@ class Keeper:
 
     def begin(self, rows: int) -> None:
         """Copy this rank's part and write it in a thread; first complete the checkpoint before."""
-        if self._writer is None:
+        if self.writer is None:
             return
         if self._begun_rows is not None:
             self._finish_part()
         state = self._state()
         self._begun_rows = rows
         self._begun = self.directory.with_metrics(state) if self.group.rank == 0 and self.directory else None
-        self._writer.begin(self._pieces(), rows)
+        self.writer.begin(self._pieces(), rows)
         self._schedule.begin(rows, time.monotonic())
 
     def save(self, rows: int) -> None:
         """A checkpoint of this moment, complete when this returns; nothing where it is already there."""
-        if self._writer is None:
+        if self.writer is None:
             return
         if rows not in (self._begun_rows, self.saved_rows):
             self.begin(rows)
@@ -147,18 +150,18 @@ class Keeper:
 
     def _look(self) -> None:
         """Take up what the writer's thread has ended with."""
-        if self._writer is None or self._begun_rows is None or self._part is not None or self.failure:
+        if self.writer is None or self._begun_rows is None or self._part is not None or self.failure:
             return
         try:
-            self._part = self._writer.written()
+            self._part = self.writer.written()
         except ActcacheError as error:
             self.failure = error
 
     def _finish_part(self) -> None:
-        assert self._writer is not None, "something was begun"
+        assert self.writer is not None, "something was begun"
         if self._part is None and self.failure is None:
             try:
-                self._part = self._writer.wait()
+                self._part = self.writer.wait()
             except ActcacheError as error:
                 self.failure = error
         if self.group.numbers(self.failure is not None).any():
@@ -223,7 +226,3 @@ class Stop:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         logger.info("%s: saving the run; a second one ends it at once", self.asked.name)
-
-
-class RankFailed(ActcacheError, RuntimeError):
-    """Another rank of the run failed; the message is its own."""

@@ -109,7 +109,7 @@ class RunDirectory:
         self.checkpoints.complete(rows, state, parts)
 
     def save(self, i: int, s: SAE) -> None:
-        """Save the i-th SAE, once it is trained; any rank may."""
+        """Save the i-th SAE once it is trained; any rank may."""
         s.save(f"{self.path}/{self.names[i]}", self.storage_options)
 
     def finish(self) -> list[SAE]:

@@ -202,6 +202,7 @@ class Trainer:
             self._pieces,
             self._state,
             asked or (lambda: self._stop.asked is not None),
+            training.log_every,
         )
         self._buffers: dict[str, Tensor] = {}
         self._log_rows, self._log_time, self._log_stall = 0, time.perf_counter(), 0.0
@@ -387,7 +388,9 @@ class Trainer:
         if self.directory is not None:
             self.directory.append_metrics(lines)
         for tracker in self.trackers:
-            tracker.log(dict(zip(self.names, lines, strict=True)), self.step)
+            tracker.log(
+                {name: _numbers(line) for name, line in zip(self.names, lines, strict=True)}, self.step
+            )
         shown = self._shown(lines, speed)
         if self._tell is not None:
             self._tell({"rows": self.rows, "shown": shown, **speed})
@@ -554,6 +557,11 @@ def checked_device(device: torch.device | str) -> torch.device:
             "with a GPU and a torch built for it"
         ) from error
     return found
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    """What a curve can be drawn of."""
+    return {name: value for name, value in line.items() if isinstance(value, int | float)}
 
 
 def _read(

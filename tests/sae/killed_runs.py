@@ -1,4 +1,4 @@
-"""Trainings in processes that are killed at a chosen operation on the store, about half a second each.
+"""Trainings in processes that are killed at a chosen operation on the store, about a second each.
 
 A `Nursery` is one process that has everything imported and has started no thread. It forks a child for
 each training; the child dies by SIGKILL at the operation that it was told. Run as a script it is that
@@ -48,8 +48,9 @@ def _serve() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import s3fs  # noqa: F401  # a second of each child otherwise
+    import s3fs  # noqa: F401  # with Adam's imports two seconds of each child otherwise
     import test_checkpoint  # noqa: F401
+    import torch._dynamo
 
     for line in sys.stdin:
         request = json.loads(line)

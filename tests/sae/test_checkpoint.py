@@ -125,6 +125,7 @@ def _slow_run(tmp_path: Path) -> Path:
     return script
 
 
+@pytest.mark.slow
 def test_a_run_killed_by_sigkill_resumes_to_the_bit(straight: Path, tmp_path: Path) -> None:
     """A real process, killed at real moments, until one lifetime suffices."""
     script = _slow_run(tmp_path)
@@ -298,7 +299,7 @@ def test_a_store_that_refuses_ends_the_run_in_one_line_and_an_earlier_error_come
         def __iter__(self) -> Iterator:
             for batch in super().__iter__():
                 yield batch
-                if (tmp_path / "checkpoints").exists() and trainer.checkpoint_writer.busy:  # type: ignore[union-attr]
+                if (tmp_path / "checkpoints").exists() and trainer.keeper.writer.busy:  # type: ignore[union-attr]
                     raise Interrupted
 
     trainer = Trainer(Failing(_acts()), CONFIGS, TRAINING, start=[None] * 4, out=tmp_path)

@@ -196,7 +196,7 @@ def test_damaged_or_missing_directories_are_named(run: Path, tmp_path: Path) -> 
     (tmp_path / "sae.json").write_text("{")
     with pytest.raises(CorruptObject, match=r"sae\.json is not JSON"):
         sae.load(tmp_path)
-    (tmp_path / "sae.json").write_text(json.dumps(settings))
+    (tmp_path / "sae.json").write_text(json.dumps({**settings, "weights_crc32c": None}))
     (tmp_path / "weights.safetensors").write_bytes(b"not tensors")
     with pytest.raises(CorruptObject, match="not a whole safetensors file"):
         sae.load(tmp_path)
