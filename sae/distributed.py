@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 
-from actcache.errors import Drained, SpecError, StoreError
+from actcache.errors import Drained, RankFailed, SpecError, StoreError
 
 from .architectures import Architecture
 from .core import SAE, load
 from .files import is_url, local_path
-from .keeper import RankFailed
 from .rundir import RunDirectory, progress_of
 from .spread import Layout, Spread, spread_of
 from .streams import ArrayStream, Stream

@@ -15,10 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from actcache.errors import ActcacheError
+from actcache.errors import ActcacheError, RankFailed
 
 from .distributed import Job, Workers, run_rank
-from .keeper import RankFailed
 from .train import Trainer
 
 FINAL = (ActcacheError, ValueError, ImportError)
@@ -149,7 +148,7 @@ def rank_main(config: dict[str, Any]) -> None:
         )
     except FINAL as error:
         deadline = time.monotonic() + _CAUSE_S
-        while not ray.get(board.failed.remote(rank, _portable(error))) and time.monotonic() < deadline:
+        while not ray.get(board.failed.remote(rank, portable(error))) and time.monotonic() < deadline:
             time.sleep(0.1)
         raise
     finally:
@@ -213,7 +212,7 @@ def _ignore(_: dict[str, Any]) -> None:
     """Figures are told by rank 0."""
 
 
-def _portable(error: BaseException) -> BaseException:
+def portable(error: BaseException) -> BaseException:
     """The error, or one of its message where it does not pickle."""
     try:
         found = pickle.loads(pickle.dumps(error))

@@ -7,24 +7,27 @@ Ray: the ranks leave them in the run's directory. What the ranks run is sae/ray_
 
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import logging
 import os
 import secrets
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TextIO
 
-from actcache.errors import Drained, SpecError, WorkerLost
+from actcache.errors import Drained, RankFailed, SpecError, WorkerLost
 from actcache.progress import Progress
 
 from .core import SAE
 from .distributed import Job, Workers, directory_of, finished
-from .keeper import RankFailed, Stop
+from .keeper import Stop
 from .ray_ranks import FINAL, End, Launch, News, last_line
 from .rundir import RunDirectory
 
@@ -53,9 +56,28 @@ def train_on_ray(job: Job, workers: Workers, resume: bool) -> list[SAE]:
     if isinstance(found, list):
         log.info("%s already holds this finished run; nothing to train", directory.path)
         return found
-    with _ray(workers), Stop() as stop:  # ray.init takes SIGTERM for itself
-        Driver(job, workers, directory, stop).run()
+    aside = Aside(sys.stdout)
+    # in this order: ray.init takes SIGTERM for itself
+    with contextlib.redirect_stdout(aside), _ray(workers), Stop() as stop:
+        Driver(job, workers, directory, stop, aside.said).run()
     return finished(job, directory)
+
+
+class Aside(io.TextIOBase):
+    """Standard output without what Ray's own threads print, which `said` keeps.
+
+    Ray prints the death of each worker there, whatever `log_to_driver` says.
+    """
+
+    def __init__(self, stdout: TextIO) -> None:
+        self._stdout, self.said = stdout, io.StringIO()
+
+    def write(self, text: str) -> int:
+        by_ray = threading.current_thread().name.startswith("ray_")
+        return self.said.write(text) if by_ray else self._stdout.write(text)
+
+    def flush(self) -> None:
+        self._stdout.flush()
 
 
 @contextlib.contextmanager
@@ -99,8 +121,10 @@ def _check_this_machine(ray: Any, workers: Workers) -> None:
 class Driver:
     """Starts the ranks, again and again, until the run is finished or ends by an error."""
 
-    def __init__(self, job: Job, workers: Workers, directory: RunDirectory, stop: Stop) -> None:
-        self._job, self._workers, self._stop = job, workers, stop
+    def __init__(
+        self, job: Job, workers: Workers, directory: RunDirectory, stop: Stop, said: io.StringIO
+    ) -> None:
+        self._job, self._workers, self._stop, self._said = job, workers, stop, said
         described = json.dumps([directory.description, directory.path], sort_keys=True)
         self._digest = hashlib.sha256(described.encode()).hexdigest()[:12]
         self._log_path: str | None = None
@@ -161,7 +185,9 @@ class Driver:
             handle, self._log_path = tempfile.mkstemp(prefix=f"sae-train-{self._digest}-", suffix=".log")
             os.close(handle)
         with open(self._log_path, "a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{text}\n\n")
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{text}\n\n{self._said.getvalue()}\n")
+        self._said.seek(0)
+        self._said.truncate()
         return self._log_path
 
 
