@@ -4,17 +4,20 @@ The ranks are those of tests/sae/test_spread.py, here on a real Ray and a datase
 run while it goes on: they wait for a checkpoint of it, never for a time.
 """
 
+import contextlib
 import io
 import json
 import logging
 import os
 import pickle
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +43,6 @@ from actcache.errors import (
     WorkerLost,
 )
 from sae import ray_train
-from sae.__main__ import main
 from sae.distributed import Job, Workers, directory_of, finished, run_rank
 from sae.ray_ranks import Launch, last_line, portable
 
@@ -226,7 +228,9 @@ def test_the_first_failure_is_the_own_one_of_the_rank_that_failed():
 
 
 def test_a_cause_is_the_last_line_of_a_traceback():
-    assert last_line("Traceback ...\n  File x\nRuntimeError: out of memory\n\n") == "RuntimeError: out of memory"
+    assert (
+        last_line("Traceback ...\n  File x\nRuntimeError: out of memory\n\n") == "RuntimeError: out of memory"
+    )
     assert last_line(" \n") == "an error without a message"
 
 
@@ -275,3 +279,276 @@ def test_two_workers_train_what_one_process_trains(ds, alone, tmp_path, ray_sess
     assert "waiting" not in caplog.text
     with pytest.raises(Conflict, match=r"holds a run of other settings \(training.lr: 0.002 -> 0.001\)"):
         sae.train(stream(ds), CONFIGS, replace(TRAINING, lr=1e-3), out=out, workers=2)
+
+
+# On Ray, acted upon
+
+
+@pytest.fixture(scope="module")
+def alone_long(ds, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone") / "long"
+    return sae.train(stream(ds), CONFIGS, LONG, out=out), out
+
+
+def await_(condition, seconds=300):
+    """What `condition` gives once it is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        time.sleep(0.05)
+    return found
+
+
+def checkpoint(out):
+    """Whether a run has one."""
+    return any(Path(out).glob("checkpoints/*/done.json"))
+
+
+def workers_of(pid):
+    """Process ids of the ranks that a Ray under `pid` runs, ascending."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if "ray::RayTrainWorker" in (process / "cmdline").read_text() and pid in ancestors(
+                int(process.name)
+            ):
+                found.append(int(process.name))
+        except OSError:  # it has just ended
+            continue
+    return sorted(found)
+
+
+@contextlib.contextmanager
+def meanwhile(action):
+    """`action` in a thread; what it raises is raised at the end."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(action)
+        yield
+        future.result(timeout=60)
+
+
+def command(ds, out, *options):
+    """A run of LONG in a process of its own."""
+    saes = ["topk:d_sae=64,k=4", "batchtopk:d_sae=64,k=4", "jumprelu:d_sae=64,target_l0=6,lr=1e-3"]
+    own = [item for text in saes for item in ("--sae", text)]
+    of_run = ["--data", ds.url, "--site", SITE, "--out", str(out), "--batch-size", "128", "--epochs", "60"]
+    settings = ["--rows", "120000", "--lr", "2e-3", "--checkpoint-every-rows", "4000"]
+    return ["-m", "sae", "train", *of_run, *own, *settings, "--dead-after-rows", "1500", *options]
+
+
+def by_command(ds):
+    """Arguments of `sae.train` for the same run."""
+    configs = [replace(c, site=SITE) for c in CONFIGS[:3]]
+    one_site = ds.stream(SITE, batch_size=128, epochs=60, metadata=False)
+    return one_site, configs, LONG
+
+
+def started(*arguments):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workers", "spread", "tolerance"),
+    [(2, None, 0.0), (3, "rows", 1e-5), (4, "rows=2,latents=2", 1e-5), (1, None, 0.0)],
+)
+def test_every_spread_trains_what_one_process_trains(
+    ds, alone, tmp_path, ray_session, workers, spread, tolerance
+):
+    saes = sae.train(stream(ds), CONFIGS, TRAINING, out=tmp_path / "run", workers=workers, spread=spread)
+    assert largest_difference(saes, alone[0]) <= tolerance
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_rank_costs_no_row(ds, alone_long, tmp_path, ray_session, caplog):
+    """Whole SAEs are dealt, so the result is that of one process to the last bit."""
+    caplog.set_level(logging.INFO)
+    out = tmp_path / "run"
+
+    def kill():
+        await_(lambda: checkpoint(out))
+        os.kill(workers_of(os.getpid())[-1], signal.SIGKILL)
+
+    with meanwhile(kill):
+        saes = sae.train(stream(ds), CONFIGS, LONG, out=out, workers=2)
+    assert "was lost (its process has ended), at row" in caplog.text
+    assert "continuing after" in caplog.text
+    assert largest_difference(saes, alone_long[0]) == 0
+    assert lines(out) == lines(alone_long[1])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_sigterm_saves_and_another_number_of_workers_goes_on(ds, alone_long, tmp_path, ray_session, caplog):
+    caplog.set_level(logging.INFO)
+    out = tmp_path / "run"
+
+    def stop():
+        await_(lambda: checkpoint(out))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with meanwhile(stop), pytest.raises(Drained, match=r"stopped after [\d,]+ rows, saved in .*run; run the"):
+        sae.train(stream(ds), CONFIGS, LONG, out=out, workers=2)
+    assert not workers_of(os.getpid())
+    saes = sae.train(stream(ds), CONFIGS, LONG, out=out, workers="3")
+    assert "continuing after" in caplog.text
+    assert largest_difference(saes, alone_long[0]) == 0
+    assert lines(out) == lines(alone_long[1])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_three_crashes_at_one_row_end_the_run(ds, tmp_path, ray_session, caplog):
+    over = threading.Event()
+
+    def kill_all():
+        while not over.wait(0.01):
+            for pid in workers_of(os.getpid()):
+                os.kill(pid, signal.SIGKILL)
+
+    with meanwhile(kill_all):
+        try:
+            with pytest.raises(WorkerLost, match="at row 0; that was the third crash in a row") as caught:
+                sae.train(stream(ds), CONFIGS, LONG, out=tmp_path / "run", workers=2)
+        finally:
+            over.set()
+    assert caplog.text.count("starting the workers again") == 2
+    path = re.search(r"(\S+) has all that is known", str(caught.value))
+    assert path is not None
+    assert "died" in Path(path[1]).read_text()
+    Path(path[1]).unlink()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_all_ranks_in_one_line(ds, tmp_path, ray_session):
+    """It is the second SAE's, which rank 1 trains alone."""
+    configs = [CONFIGS[0], sae.TopK(d_sae=64, k=5, site=SITE, optimiser=sae.Optimiser(lr=1e30))]
+    with pytest.raises(sae.NonFiniteLoss, match="^the loss of topk-64-5 is (nan|inf) at step "):
+        sae.train(stream(ds), configs, LONG, out=tmp_path / "run", workers=2)
+    assert not workers_of(os.getpid())
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_command_says_one_line_and_prints_only_its_result(ds, tmp_path):
+    """A Ray of its own, a rank that is killed, then a loss that is not finite."""
+    process = started(*command(ds, tmp_path / "run", "--workers", "2", "--json"))
+    await_(lambda: checkpoint(tmp_path / "run"))
+    os.kill(workers_of(process.pid)[-1], signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=400)
+    assert process.returncode == 0, stderr
+    assert [Path(found["path"]).name for found in json.loads(stdout)] == [
+        "topk-64-4",
+        "batchtopk-64-4",
+        "jumprelu-64-6",
+    ]
+    assert len(re.findall("warning: rank .* was lost", stderr)) == 1
+    assert "Traceback" not in stderr
+    process = started(*command(ds, tmp_path / "bad", "--workers", "2", "--sae", "topk:d_sae=64,k=9,lr=1e30"))
+    stdout, stderr = process.communicate(timeout=400)
+    assert (process.returncode, stdout) == (1, ""), stderr
+    assert re.findall("error: .*", stderr) == re.findall("error: the loss of topk-64-9 is .*intact.", stderr)
+    assert len(stderr.splitlines()) <= 5, stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_driver_takes_its_ranks_along_and_the_same_run_goes_on(ds, tmp_path, ray_session):
+    out = tmp_path / "run"
+    process = started(*command(ds, out, "--workers", "2"))
+    await_(lambda: checkpoint(out))
+    ranks = workers_of(process.pid)
+    process.kill()
+    process.communicate()
+    assert len(ranks) == 2
+    await_(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks))
+    saes = sae.train(*by_command(ds), out=out, workers=2)
+    assert largest_difference(saes, sae.train(*by_command(ds))) == 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_torchrun_goes_on_with_a_run_of_ray_and_ray_with_one_of_torchrun(ds, tmp_path, ray_session):
+    wanted = sae.train(*by_command(ds))
+    by_torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+
+    def stop():
+        await_(lambda: checkpoint(tmp_path / "a"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with meanwhile(stop), pytest.raises(Drained):
+        sae.train(*by_command(ds), out=tmp_path / "a", workers=2, spread="latents")
+    process = started(*by_torchrun, *command(ds, tmp_path / "a", "--spread", "rows"))
+    stdout, stderr = process.communicate(timeout=400)
+    assert process.returncode == 0, stderr
+    assert stdout.count("topk-64-4") == 2  # one table: topk and batchtopk
+    process = started(*by_torchrun, *command(ds, tmp_path / "b"))
+    await_(lambda: checkpoint(tmp_path / "b"))
+    process.terminate()
+    _, stderr = process.communicate(timeout=120)
+    assert stderr.count("error: stopped after") == 1, stderr
+    saes = sae.train(*by_command(ds), out=tmp_path / "b", workers=3)
+    assert largest_difference(saes, wanted) == 0
+    (over,) = [sae.load(tmp_path / "a" / "topk-64-4")]
+    assert largest_difference([over], wanted[:1]) < 1e-3
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_elastic_workers_take_what_there_is_and_grow(
+    ds, alone_long, tmp_path, ray_session, caplog, monkeypatch
+):
+    """Another has two of the four CPUs until the first checkpoint."""
+    monkeypatch.setattr(ray_train, "_GROW_S", 0.5)
+    caplog.set_level(logging.INFO)
+    out = tmp_path / "run"
+    holder = ray_session.remote(num_cpus=2)(Holder).remote()
+    ray_session.get(holder.hold.remote())
+
+    def release():
+        await_(lambda: checkpoint(out))
+        ray_session.kill(holder)
+
+    with meanwhile(release):
+        saes = sae.train(stream(ds), CONFIGS, LONG, out=out, workers=(2, 3))
+    begun = re.findall(r"(\d) workers after", caplog.text)
+    assert begun == ["2", "3"]
+    assert "there is room for more than 2 workers: saving" in caplog.text
+    assert largest_difference(saes, alone_long[0]) == 0
+    assert lines(out) == lines(alone_long[1])
+
+
+class Holder:
+    def hold(self):
+        """Returns once it has its CPUs."""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_who_waits_is_told_for_what_and_may_stop(ds, tmp_path, ray_session, caplog, monkeypatch):
+    monkeypatch.setattr(ray_train, "_REMIND_S", 1.0)
+    caplog.set_level(logging.INFO)
+
+    def stop():
+        await_(lambda: "still waiting" in caplog.text)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with meanwhile(stop), pytest.raises(Drained, match="stopped before the workers began; run the same"):
+        sae.train(stream(ds), CONFIGS, TRAINING, out=tmp_path / "run", workers=9, spread="latents")
+    assert re.search(r"still waiting for 9 workers of 1 CPU after \d+ s; the cluster has 4 CPU", caplog.text)
+    assert "it lacks 5 CPU" in caplog.text
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
