@@ -61,11 +61,18 @@ def train(
     log: Sequence[str] = (),
     storage_options: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
+    workers: int | tuple[int, int] | str | None = None,
+    spread: str | None = None,
+    gpus_per_worker: float = 0,
+    cpus_per_worker: float = 1,
 ) -> list[SAE]:
     """Trained SAEs, in the order of `configs`; the data are read once for all of them.
 
     With `out`, everything is kept there: an interrupted run continues where its last checkpoint
     was, to the same bits on the same machine, and a finished one is returned at once.
+
+    Several processes train together, to the same result but for rounding, with `workers`, on a Ray cluster,
+    or where torchrun started this one; then the SAEs come back on rank 0, and the others get an empty list.
 
     Args:
         stream: batches, from `ds.stream(...)` or `sae.ArrayStream`. Of rows in rotated coordinates
@@ -80,6 +87,12 @@ def train(
         storage_options: what fsspec needs for `out`; never stored.
         device: where to train, e.g. "cuda"; SAEs come back on the CPU. A run may go on elsewhere, then
             equal but for rounding.
+        workers: processes on the Ray cluster that is connected or named by RAY_ADDRESS, else on this machine:
+            4, or at least 2 and at most 8 as (2, 8) or "2..8". None trains in this process, without Ray.
+        spread: what the processes divide: "latents", "rows", whole "saes", or "rows=2,latents=4". None: whole
+            SAEs where there are as many as processes, else latents.
+        gpus_per_worker: 1 trains each worker on a GPU, 0 on the CPU.
+        cpus_per_worker: CPUs that each worker reserves, and its threads.
 
     Raises:
         SpecError: a site that the stream has not, a stream that ends too soon, or a `start` of
@@ -87,9 +100,29 @@ def train(
         Conflict: `out` holds a run of other settings; the message names the difference.
         NonFiniteLoss: training diverged, or the data hold inf or NaN. The last checkpoint is intact.
         StoreError: the disk refused. The last checkpoint is intact.
+        Drained: SIGTERM or Ctrl-C; the run is saved.
+        WorkerLost: workers crashed three times at one row. The last checkpoint is intact.
     """
+    from .distributed import started_by_torchrun, train_by_ranks
+
     listed = [configs] if isinstance(configs, Architecture) else list(configs)
     starts = list(start) if isinstance(start, Sequence) else [start] * len(listed)
+    if workers is not None or spread is not None or started_by_torchrun():
+        return train_by_ranks(
+            stream,
+            listed,
+            training,
+            starts,
+            out,
+            resume=resume,
+            log=log,
+            storage_options=storage_options,
+            device=device,
+            workers=workers,
+            spread=spread,
+            gpus_per_worker=gpus_per_worker,
+            cpus_per_worker=cpus_per_worker,
+        )
     trainer = Trainer(
         stream,
         listed,
