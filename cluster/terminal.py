@@ -142,13 +142,13 @@ def _of_step(step: dict[str, Any]) -> list[str]:
 
 
 def _ranks(step: dict[str, Any]) -> str:
-    """Ranks of a training, and which of them waits for rows most."""
+    """Ranks of a training, and the one that waits for rows the largest share of its time."""
     stalls = step["stall_by_rank"]
     line = f"{step['world_size']} rank{'' if step['world_size'] == 1 else 's'} by {step['spread']}"
     if not stalls:
         return line
     slowest = stalls.index(max(stalls))
-    return f"{line}, slowest rank {slowest}: waits for rows {stalls[slowest]:.1%}"
+    return f"{line}, stall at most {stalls[slowest]:.1%} (rank {slowest})"
 
 
 def _duration(seconds: float) -> str:
