@@ -86,8 +86,10 @@ def commands() -> dict[str, list[str]]:
                 found[f"{path.name}:{i}"] = words
     for path, run in runs().items():
         for step in run.all_steps:
-            program, *arguments = run.program(step.command)
-            found[f"{path}: {step.name}"] = [program, *arguments]
+            words = run.program(step.command)
+            if words[1:4] == ["-m", "sae", "report"]:
+                words[4] = str(ROOT)  # it wants a directory that is there
+            found[f"{path}: {step.name}"] = words
     text = (DEPLOY / "slurm/harvest.sbatch").read_text()
     what, how = (re.search(rf"^{name}=\((.*?)^\)", text, re.M | re.S) for name in ("WHAT", "HOW"))
     assert what is not None
