@@ -26,7 +26,7 @@ _HOME = {
     "open": ("reader", "open_dataset"),
     "Where": ("filters", "Where"),
     "mix": ("mixing", "mix"),
-    "zip": ("mixing", "zip_datasets"),
+    "zip": ("aligned", "zip_datasets"),
     "harvest": ("driver", "harvest"),
     "plan": ("planning", "plan"),
     "find": ("catalog", "find"),
@@ -34,11 +34,11 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
+    from .aligned import zip_datasets as zip
     from .catalog import find, list_datasets
     from .driver import harvest
     from .filters import Where
     from .mixing import mix
-    from .mixing import zip_datasets as zip
     from .planning import plan
     from .reader import Dataset
     from .reader import open_dataset as open

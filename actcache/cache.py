@@ -202,7 +202,7 @@ class CachedStore(Store):
     def exists(self, key: str) -> bool:
         return self.store.exists(key)
 
-    def create(self, key: str, data: bytes | bytearray) -> bool:
+    def create(self, key: str, data: bytes) -> bool:
         return self.store.create(key, data)
 
     def listing(self, prefix: str) -> list[Listed]:

@@ -60,6 +60,10 @@ class ForkedProcess(ActcacheError, RuntimeError):
     """A dataset that was opened before a fork is used after it: open it there, or start processes by spawn."""
 
 
+class RankFailed(ActcacheError, RuntimeError):
+    """Another rank of a distributed stream or training failed; its own error says why."""
+
+
 class NonFiniteActivation(ActcacheError, ArithmeticError):
     """The LM produced inf or NaN; the message names the first bad row (fp16 overflows at 65504)."""
 

@@ -1,8 +1,7 @@
-"""Several datasets in one stream: mixed by weight, or aligned row by row and side by side.
+"""Several datasets in one stream, mixed by weight.
 
-`mix` says how many rows of each dataset every batch has; each dataset keeps its own order.
-`zip_datasets` (`actcache.zip`) takes datasets whose rows are the same tokens. Both resume exactly, at
-any batch and world size. Specified in docs/format.md, "Mixed order" and "Aligned datasets".
+`mix` says how many rows of each dataset every batch has; each dataset keeps its own order. It resumes
+exactly, at any batch and world size. Specified in docs/format.md, "Mixed order".
 Shapes: N rows, K datasets, P rows in a period.
 """
 
@@ -15,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .errors import SpecError
-from .order import Order, Span, permutation
-from .reader import Index
+from .gathering import Gather
+from .order import permutation
 from .spec import FORMAT
 from .stream import Batch, Rows, Stream, StreamOptions
 
@@ -128,7 +127,7 @@ def _mixed(
     def train_stats(site: str) -> dict[str, Any]:
         return _mixed_stats([d.split("train").stats(site) for d in datasets], share_K)
 
-    windows = _windows(state, len(datasets), asked.window)
+    windows = windows_of(state, len(datasets), asked.window)
     streams = [
         _MixPart(dataset, chosen, replace(asked, window=window), train_stats=train_stats)
         for dataset, window in zip(datasets, windows, strict=True)
@@ -136,7 +135,7 @@ def _mixed(
     return MixedStream(parts, streams, schedule, asked, state)
 
 
-def _windows(state: Mapping[str, Any] | None, n: int, window: int | None) -> list[int | None]:
+def windows_of(state: Mapping[str, Any] | None, n: int, window: int | None) -> list[int | None]:
     """The window of each part: as asked for, else that of the state, whatever the batch size is now."""
     parts = state.get("parts") if state else None
     if window is not None or not isinstance(parts, list) or len(parts) != n:
@@ -194,11 +193,11 @@ class MixedStream:
             self.restore(state)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _mixed, (self._parts, self.sites, self.options, self.state())
+        return _mixed, (self._parts, self.sites, self.options.sendable(), self.state())
 
-    def for_rank(self, rank: int, world_size: int) -> "MixedStream":
+    def for_rank(self, rank: int, world_size: int, gather: Gather | None = None) -> "MixedStream":
         """As `Stream.for_rank`."""
-        options = replace(self.options, rank=rank, world_size=world_size)
+        options = replace(self.options, rank=rank, world_size=world_size, gather=gather)
         return _mixed(self._parts, self.sites, options, self.state())
 
     def __len__(self) -> int:
@@ -228,7 +227,7 @@ class MixedStream:
         Raises:
             SpecError: the state is of another mix.
         """
-        _check_same(self._order_id(), state, "mix")
+        check_same(self._order_id(), state, "mix")
         self._row = _checked_row(state, self.n_rows + 1)
 
     def __iter__(self) -> Iterator[MixedBatch]:
@@ -299,227 +298,12 @@ def _mixed_stats(parts: Sequence[Mapping[str, Any]], share_K: np.ndarray) -> dic
     }
 
 
-def zip_datasets(*datasets: "Dataset", names: Sequence[str] | None = None) -> "Zipped":
-    """Datasets whose rows are the same tokens, side by side: base and chat, or two models of a crosscoder.
-
-    Row i of all is one token if their tokens, seed and `block_rows` agree; models, sites, precisions and
-    `chunk_rows` may differ. A site is then called `NAME/SITE`, with the names "0", "1", ... by default.
+def check_same(ours: Mapping[str, Any], state: Mapping[str, Any], what: str) -> None:
+    """See that a state is of this order; `what` names the kind of stream.
 
     Raises:
-        SpecError: the rows are not aligned; says what differs.
+        SpecError: it is of another; says what differs.
     """
-    named = list(map(str, range(len(datasets)))) if names is None else list(names)
-    if len(datasets) < 2 or len(named) != len(datasets) or len(set(named)) != len(named):
-        raise SpecError(
-            f"zip got {len(datasets)} datasets and names {named}; wanted two or more, one name each"
-        )
-    if bad := [name for name in named if not name or "/" in name]:
-        raise SpecError(f"names are {named}; {bad[0]!r} must not be empty or hold '/'")
-    first = datasets[0]
-    for other in datasets[1:]:
-        differences = list(_differences(_alignment(first), _alignment(other)))
-        if differences:
-            raise SpecError(
-                f"{first.url} and {other.url} are not aligned: {'; '.join(differences)}. "
-                "Harvest both with one corpus, tokenizer, packing, seed and block_rows"
-            )
-    return Zipped(dict(zip(named, datasets, strict=True)))
-
-
-def _alignment(dataset: "Dataset") -> dict[str, Any]:
-    """What decides which token is in which row."""
-    identity = dataset.manifest.identity
-    return {"split": dataset.split_name, **{k: identity[k] for k in ("tokens", "seed", "block_rows")}}
-
-
-def _differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        for key in sorted({*a, *b}):
-            yield from _differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
-    elif a != b:
-        yield f"{path} is {a!r} and {b!r}"
-
-
-class Zipped:
-    """Aligned datasets under their names. Rows past the shortest one are not served."""
-
-    def __init__(self, datasets: dict[str, "Dataset"]) -> None:
-        self.datasets = datasets
-
-    @property
-    def sites(self) -> list[str]:
-        return [f"{name}/{site}" for name, dataset in self.datasets.items() for site in dataset.sites]
-
-    @property
-    def n_rows(self) -> int:
-        """Rows that all of them have."""
-        return min(dataset.n_rows for dataset in self.datasets.values())
-
-    def read(self, site: str, index: Index) -> np.ndarray:
-        """As `Dataset.read`."""
-        name, inner = self._parse(site)
-        return self.datasets[name].read(inner, index)
-
-    def rows(self, index: Index) -> Rows:
-        """Which token each row is, in all of them."""
-        return next(iter(self.datasets.values())).rows(index)
-
-    def _parse(self, site: str) -> tuple[str, str]:
-        name, _, inner = site.partition("/")
-        if name not in self.datasets or inner not in self.datasets[name].sites:
-            raise SpecError(f"no site {site!r}; the aligned datasets have {', '.join(self.sites)}")
-        return name, inner
-
-    def stream(
-        self,
-        sites: Sequence[str] | str | None = None,
-        *,
-        state: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> "ZippedStream":
-        """As `Dataset.stream`, with its options; `batch["NAME/SITE"]` of all of them are of the same tokens.
-
-        A `where` on tokens or sequences holds for all; one on norms is refused. `prefetch_bytes` holds for
-        each dataset.
-        """
-        return self._stream(sites, StreamOptions(**options), state)
-
-    def _stream(
-        self, sites: Sequence[str] | str | None, asked: StreamOptions, state: Mapping[str, Any] | None
-    ) -> "ZippedStream":
-        if asked.rotated:
-            raise SpecError("aligned datasets are served as decoded; leave rotated out")
-        chosen: dict[str, list[str]] = {}
-        for site in [sites] if isinstance(sites, str) else list(sites or self.sites):
-            name, inner = self._parse(site)
-            chosen.setdefault(name, []).append(inner)
-        if asked.where is not None and asked.where.on_norm:
-            raise SpecError("a condition on norms would leave other rows out of each aligned dataset")
-        windows = _windows(state, len(chosen), asked.window)
-        streams = {
-            name: _ZipPart(
-                self.datasets[name],
-                inner,
-                replace(asked, window=windows[i], metadata=asked.metadata and not i),
-            )
-            for i, (name, inner) in enumerate(chosen.items())
-        }
-        return ZippedStream(self, streams, asked, state)
-
-
-class _ZipPart(Stream):
-    """One dataset's stream among aligned ones, in the order that they share."""
-
-    def align(self, n_rows: int, chunk_rows: int) -> None:
-        """Take the order of `n_rows` rows in chunks of `chunk_rows`, a multiple of the stored ones."""
-        self.n_rows, self._order_chunk_rows = n_rows, chunk_rows
-
-    def _order(self, epoch: int) -> Order:
-        return _SplitOrder(
-            self.n_rows,
-            self._order_chunk_rows,
-            self.options.seed,
-            epoch,
-            self.options.lanes,
-            self.window,
-            stored_chunk_rows=self._chunk_rows,
-        )
-
-
-@dataclass(frozen=True)
-class _SplitOrder(Order):
-    """An order over larger chunks than the stored ones: its spans are given as spans of those."""
-
-    stored_chunk_rows: int
-
-    def _stored(self, spans: list[Span]) -> list[Span]:
-        return [part for span in spans for part in self._split(span)]
-
-    def _split(self, span: Span) -> Iterator[Span]:
-        size = self.stored_chunk_rows
-        row, end = span.chunk * self.chunk_rows + span.start, span.chunk * self.chunk_rows + span.stop
-        while row < end:
-            chunk, start = divmod(row, size)
-            stop = min(size, start + end - row)
-            yield Span(chunk, start, stop)
-            row += stop - start
-
-
-class ZippedStream:
-    """An iterator of batches of aligned datasets; as `Stream`, and it pickles."""
-
-    def __init__(
-        self,
-        zipped: Zipped,
-        streams: dict[str, _ZipPart],
-        options: StreamOptions,
-        state: Mapping[str, Any] | None = None,
-    ) -> None:
-        self._zipped, self._streams, self.options = zipped, streams, options
-        first = self._first = next(iter(streams.values()))
-        self.sites = [f"{name}/{site}" for name, stream in streams.items() for site in stream.sites]
-        self.batch_size, self.epochs = first.batch_size, first.epochs
-        self.n_rows = min(stream.n_rows for stream in streams.values())
-        self._chunk_rows = max(stream._chunk_rows for stream in streams.values())
-        for stream in streams.values():
-            stream.align(self.n_rows, self._chunk_rows)
-        if state is not None:
-            self.restore(state)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self._zipped._stream, (self.sites, self.options, self.state())
-
-    def for_rank(self, rank: int, world_size: int) -> "ZippedStream":
-        """As `Stream.for_rank`."""
-        options = replace(self.options, rank=rank, world_size=world_size)
-        return self._zipped._stream(self.sites, options, self.state())
-
-    def __len__(self) -> int:
-        return len(self._first)
-
-    def stats(self, site: str) -> dict[str, Any]:
-        """As `Stream.stats`."""
-        name, _, inner = site.partition("/")
-        return self._streams[name].stats(inner)
-
-    def state(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON."""
-        position = self._first.state()
-        return {**self._order_id(), "epoch": position["epoch"], "row": position["row"]}
-
-    def _order_id(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "kind": "zip",
-            "chunk_rows": self._chunk_rows,
-            "parts": [stream._order_id() for stream in self._streams.values()],
-        }
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Stand where `state` says. Call it between iterations, not during one.
-
-        Raises:
-            SpecError: the state is of other datasets or of another order.
-        """
-        _check_same(self._order_id(), state, "zip")
-        for stream in self._streams.values():
-            stream.restore({**stream._order_id(), "epoch": state.get("epoch"), "row": state.get("row")})
-
-    def __iter__(self) -> Iterator[Batch]:
-        with contextlib.ExitStack() as stack:
-            iterators = [iter(stream) for stream in self._streams.values()]
-            for iterator in iterators:
-                stack.callback(iterator.close)  # type: ignore[attr-defined]  # a generator
-            for batches in zip(*iterators, strict=True):
-                acts = {
-                    f"{name}/{site}": batch[site]
-                    for name, batch in zip(self._streams, batches, strict=True)
-                    for site in batch.acts
-                }
-                yield Batch(acts, batches[0]._rows, batches[0].place)
-
-
-def _check_same(ours: Mapping[str, Any], state: Mapping[str, Any], what: str) -> None:
     found = {name: state.get(name) for name in ours}
     if found != ours:
         wrong = "; ".join(
@@ -527,14 +311,23 @@ def _check_same(ours: Mapping[str, Any], state: Mapping[str, Any], what: str) ->
             for name in ours
             for a, b in [(found[name], ours[name])]
             for d in (
-                _differences(dict(enumerate(a)), dict(enumerate(b)), name)
+                differences(dict(enumerate(a)), dict(enumerate(b)), name)
                 if isinstance(a, list) and isinstance(b, list)
-                else _differences(a, b, name)
+                else differences(a, b, name)
             )
         )
         raise SpecError(
             f"the state is not of this {what}: {wrong}. Open the same datasets with the same order to resume"
         )
+
+
+def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
+    """What differs between two JSON values, one phrase a field."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        for key in sorted({*a, *b}):
+            yield from differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+    elif a != b:
+        yield f"{path} is {a!r} and {b!r}"
 
 
 def _checked_row(state: Mapping[str, Any], n: int) -> int:

@@ -19,6 +19,7 @@ from .chunks import ChunkReader, Request
 from .corpus import kept_tokens
 from .errors import SpecError
 from .filters import Where
+from .gathering import Gather
 from .layout import site_rows
 from .manifest import Manifest, read_manifest
 from .opened import Opened
@@ -344,6 +345,7 @@ class Dataset:
         centre: bool = False,
         unit_norm: bool = False,
         rotated: bool = False,
+        gather: Gather | None = None,
     ) -> "Stream":
         """Shuffled batches of aligned sites, each row exactly once an epoch over all ranks.
 
@@ -368,6 +370,8 @@ class Dataset:
             unit_norm: divide by the site's mean norm; of centred rows, by their root mean square norm.
             rotated: of a dataset stored as `rotated:<x>`: rows in the coordinates of their principal components,
                 without the product that brings them back; `stream.rotation(site)` does: rows @ rotation.
+            gather: how this rank exchanges rows with others (`actcache.gathering.Gather`); it then serves the rows of
+                all of them, in the order of a single reader.
 
         Raises:
             SpecError: unknown site, bad sizes, or a state of another dataset or order.
@@ -390,6 +394,7 @@ class Dataset:
             centre=centre,
             unit_norm=unit_norm,
             rotated=rotated,
+            gather=gather,
         )
         return Stream(dataset, dataset._chosen(sites), options, state)
 

@@ -104,7 +104,7 @@ class S3Store(ObjectStore):
         found = self._repeated(lambda: fsspec.asyn.sync(self._fs.loop, gathered), "")
         return [reply[0] if isinstance(reply, tuple) else None for reply in found]
 
-    def _put(self, path: str, data: bytes | bytearray, condition: str | None) -> bool:
+    def _put(self, path: str, data: bytes, condition: str | None) -> bool:
         async def put(_: asyncio.Timeout) -> None:
             if condition == ABSENT:
                 await self._fs._pipe_file(path, data, mode="create")

@@ -66,7 +66,7 @@ class Store(ABC):
         self.url = url
 
     @abstractmethod
-    def create(self, key: str, data: bytes | bytearray) -> bool:
+    def create(self, key: str, data: bytes) -> bool:
         """Store `data` under `key` unless something is there; no one ever sees a part of it.
 
         Returns:
@@ -216,12 +216,12 @@ class LocalStore(Store):
         _check_key(key)
         return self.root / key
 
-    def create(self, key: str, data: bytes | bytearray) -> bool:
+    def create(self, key: str, data: bytes) -> bool:
         path = self._path(key)
         with _store_errors(self.url, key), _temporary_file(path, data) as temporary:
             return self._link(key, temporary, path, data)
 
-    def _link(self, key: str, temporary: Path, path: Path, data: bytes | bytearray) -> bool:
+    def _link(self, key: str, temporary: Path, path: Path, data: bytes) -> bool:
         while True:
             try:
                 os.link(temporary, path)
@@ -350,7 +350,7 @@ class ObjectStore(Store):
             self._fs.cat_file(path) if whole else self._fs.cat_file(path, start=start, end=stop)
         ), None
 
-    def _put(self, path: str, data: bytes | bytearray, condition: str | None) -> bool:
+    def _put(self, path: str, data: bytes, condition: str | None) -> bool:
         """Write if `condition` holds: ABSENT, what `_get` named, or None for none. Whether it held."""
         try:
             self._fs.pipe_file(path, data, mode="create" if condition == ABSENT else "overwrite")
@@ -358,7 +358,7 @@ class ObjectStore(Store):
             return False
         return True
 
-    def create(self, key: str, data: bytes | bytearray) -> bool:
+    def create(self, key: str, data: bytes) -> bool:
         path = self._path(key)
 
         def attempt() -> bool:
@@ -397,7 +397,7 @@ class ObjectStore(Store):
 
         return self._repeated(attempt, key)
 
-    def _write(self, path: str, key: str, data: bytes | bytearray, condition: str | None) -> bool:
+    def _write(self, path: str, key: str, data: bytes, condition: str | None) -> bool:
         try:
             return self._put(path, data, condition)
         except FileNotFoundError as err:
@@ -477,7 +477,7 @@ class MemoryStore(ObjectStore):
 
     concurrent_reads = LocalStore.concurrent_reads
 
-    def _put(self, path: str, data: bytes | bytearray, condition: str | None) -> bool:
+    def _put(self, path: str, data: bytes, condition: str | None) -> bool:
         with _memory_lock:
             # `exists` looks for a folder of that name in every key of the process
             if condition == ABSENT and self._fs._strip_protocol(path) in self._fs.store:
@@ -521,7 +521,7 @@ def _conflict(url: str, key: str) -> Conflict:
 
 
 @contextlib.contextmanager
-def _temporary_file(path: Path, data: bytes | bytearray) -> Iterator[Path]:
+def _temporary_file(path: Path, data: bytes) -> Iterator[Path]:
     """A synced file with `data` beside `path`, removed afterwards; a killed writer leaves only it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

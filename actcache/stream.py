@@ -6,17 +6,20 @@ docs/format.md, "Reading order".
 Shapes: N rows, D = d_in.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import SpecError
 from .filters import Filter, Where
+from .gathering import Gather, Gathering, check_ranks
 from .order import DEFAULT_LANES, Order, default_window, lanes_of, rows_of_lanes
 from .output import Output, TrainStats
+from .spec import digest
 from .windows import Windows
 
 if TYPE_CHECKING:
@@ -93,6 +96,7 @@ class StreamOptions:
     centre: bool = False
     unit_norm: bool = False
     rotated: bool = False
+    gather: Gather | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.epochs < 1:
@@ -104,6 +108,21 @@ class StreamOptions:
                 f"rank {self.rank} of world_size {self.world_size} with {self.lanes} lanes: world_size must lie in "
                 "1..lanes, and rank below it"
             )
+        if self.gather is not None:
+            check_ranks(self.gather.ranks, self.rank, self.world_size)
+
+    def sendable(self) -> "StreamOptions":
+        """The options as they are pickled.
+
+        Raises:
+            SpecError: they hold a `gather`, which belongs to this process.
+        """
+        if self.gather is not None:
+            raise SpecError(
+                "a stream with gather= cannot be pickled; send one without it, and call for_rank(rank, world_size, "
+                "gather) where it arrives"
+            )
+        return self
 
 
 class Stream:
@@ -141,6 +160,7 @@ class Stream:
         )
         self._filter = None if options.where is None else Filter(options.where, dataset, sites)
         self._lanes = lanes_of(options.rank, options.world_size, options.lanes)
+        self._served_lanes: Sequence[int] = self._lanes
         self.n_rows = min(dataset._site_rows(site) for site in sites)
         if not self.n_rows:
             raise SpecError(
@@ -163,6 +183,13 @@ class Stream:
             self._names += [f"{site}/scale" for site in sites]
         by_row = ["token_id", "sequence", "position"] if options.metadata else []
         self._names += by_row or (self._filter.arrays if self._filter else [])
+        self._gathering: Gathering | None = None
+        if options.gather is not None:
+            arrays = {name: dataset._layout[name] for name in self._names}
+            self._gathering = Gathering(
+                options.gather, options.rank, options.world_size, options.lanes, arrays
+            )
+            self._served_lanes = self._gathering.lanes
 
     @property
     def dataset_url(self) -> str:
@@ -181,11 +208,11 @@ class Stream:
         return {**self._order_id(), "epoch": self._epoch, "row": self._row}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Stream, (self.dataset, self.sites, self.options, self.state())
+        return Stream, (self.dataset, self.sites, self.options.sendable(), self.state())
 
-    def for_rank(self, rank: int, world_size: int) -> "Stream":
+    def for_rank(self, rank: int, world_size: int, gather: Gather | None = None) -> "Stream":
         """The same stream, from where this one stands, as one rank of `world_size` serves it."""
-        options = replace(self.options, rank=rank, world_size=world_size)
+        options = replace(self.options, rank=rank, world_size=world_size, gather=gather)
         return Stream(self.dataset, self.sites, options, self.state())
 
     def __len__(self) -> int:
@@ -206,17 +233,19 @@ class Stream:
                 while step is not None:
                     self.dataset._shared.check_process()
                     staged, place = coming.result()
-                    acts, rows = self._output.finish(staged)
                     after = next(steps, None)
                     if after is not None:  # made while this one is used
                         coming = gatherer.submit(self._stage, windows, after)
+                    acts, rows = self._output.finish(staged)
                     same_epoch = after is not None and after.epoch == step.epoch
                     self._epoch, self._row = (step.epoch, step.end) if same_epoch else (step.epoch + 1, 0)
                     step = after
                     yield Batch(acts, None if rows is None else Rows(**rows), place)
             finally:
-                windows.close()
-                gatherer.shutdown()
+                try:
+                    gatherer.shutdown()  # first: other ranks may wait for what it gathers
+                finally:
+                    windows.close()
         if self._row:  # resumed where no whole batch is left
             self._epoch, self._row = self._epoch + 1, 0
 
@@ -250,9 +279,13 @@ class Stream:
         )
 
     def _stage(self, windows: Windows, step: "_Step") -> tuple[dict[str, Any], np.ndarray]:
-        """This rank's rows of a batch, as far as a background thread can make them, and their places in it."""
-        parts = windows.gather(step.epoch, step.begin, step.end)
-        row_N = rows_of_lanes(step.begin, step.end, self.options.lanes, self._lanes)
+        """The rows that are served of a batch, as far as a background thread makes them, and their places in it."""
+        batch = step.epoch, step.begin, step.end
+        if self._gathering is None:
+            parts = windows.gather(*batch)
+        else:
+            parts = self._gathering.rows(*batch, self._digest, lambda out: windows.gather_into(out, *batch))
+        row_N = rows_of_lanes(step.begin, step.end, self.options.lanes, self._served_lanes)
         parts["place"] = row_N - step.begin
         if self._filter is not None:
             parts = self._filter.apply(parts)
@@ -261,6 +294,20 @@ class Stream:
     def _order(self, epoch: int) -> Order:
         options = self.options
         return Order(self.n_rows, self._chunk_rows, options.seed, epoch, options.lanes, self.window)
+
+    @cached_property
+    def _digest(self) -> str:
+        """Of all that ranks which exchange rows must agree on."""
+        order, options = self._order(0), self.options
+        return digest(
+            {
+                **self._order_id(),
+                "chunk_rows": order.chunk_rows,
+                "arrays": self._names,
+                "world_size": options.world_size,
+                "epochs": self.epochs,
+            }
+        )
 
     def _order_id(self) -> dict[str, Any]:
         return {

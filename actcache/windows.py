@@ -99,9 +99,15 @@ class Windows:
         Calls go forward: rows before `begin` are gone.
         """
         n_lanes = self._order.lanes
-        position, last = begin // n_lanes, -(-end // n_lanes)
         n_rows = int((_count(end, self._lane_L, n_lanes) - _count(begin, self._lane_L, n_lanes)).sum())
         out = {name: np.empty((n_rows, *pool.shape[2:]), pool.dtype) for name, pool in self._pool.items()}
+        self.gather_into(out, epoch, begin, end)
+        return out
+
+    def gather_into(self, out: Mapping[str, np.ndarray], epoch: int, begin: int, end: int) -> None:
+        """As `gather`, into contiguous arrays of as many rows."""
+        n_lanes = self._order.lanes
+        position, last = begin // n_lanes, -(-end // n_lanes)
         filled = 0
         while position < last:
             self._advance(epoch, position)
@@ -113,7 +119,6 @@ class Windows:
                 # "clip" goes without the copy that "raise" makes
                 pool.reshape(-1, *pool.shape[2:]).take(index_N, axis=0, out=out[name][rows], mode="clip")
             position, filled = stop, rows.stop
-        return out
 
     def _places(self, position: int, stop: int, begin: int, end: int) -> np.ndarray:
         """Where lane positions [position, stop) of every lane lie in the pool, cut to global rows [begin, end)."""

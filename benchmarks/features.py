@@ -159,13 +159,15 @@ def _orthogonalised(vectors_FD: Tensor, steps: int, lr: float) -> Tensor:
     return torch.nn.functional.normalize(v.detach(), dim=1)
 
 
-def write(features: Features, directory: Path, n_rows: int, seed: int = 0) -> actcache.Dataset:
-    """A dataset of float32 rows in `directory`; what is there already is taken.
+def write(
+    features: Features, directory: Path, n_rows: int, seed: int = 0, precision: str = "fp32"
+) -> actcache.Dataset:
+    """A dataset of these rows in `directory`; what is there already is taken.
 
     Raises:
         Conflict: it holds other rows.
     """
-    planted = _Planted(features, directory, n_rows, seed)
+    planted = _Planted(features, directory, n_rows, seed, precision)
     store = open_store(str(directory / "dataset"))
     planted.harvest(store)
     return actcache.open(store.url)
@@ -174,7 +176,7 @@ def write(features: Features, directory: Path, n_rows: int, seed: int = 0) -> ac
 class _Planted(Recorded):
     """A harvest whose forward pass is a generator."""
 
-    def __init__(self, features: Features, directory: Path, n_rows: int, seed: int) -> None:
+    def __init__(self, features: Features, directory: Path, n_rows: int, seed: int, precision: str) -> None:
         self.features, self.seed, d_in = features, seed, features.vectors_FD.shape[1]
         directory.mkdir(parents=True, exist_ok=True)
         if not (directory / "tokens.jsonl").exists():
@@ -192,7 +194,7 @@ class _Planted(Recorded):
             sites=(SITE,),
             context_size=_CONTEXT,
             n_tokens=n_rows,
-            precision="fp32",
+            precision=precision,
             block_rows=65_536,
             chunk_rows=4096,
         )

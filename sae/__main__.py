@@ -217,8 +217,9 @@ its curves. Losses, coefficients and clip norm are of activations scaled as --in
 def _train(config: Path | None, storage_options: dict[str, Any], json: bool, **options: Any) -> None:
     import actcache
 
+    from .inputs import checked_device
     from .trackers import make_trackers
-    from .train import Training, checked_device, run_names, train
+    from .train import Training, run_names, train
 
     given = {name: value for name, value in options.items() if value not in (None, ())}
     settings = _settings(config, given)

@@ -2,10 +2,11 @@
 
 The format is sae/checkpoint.py's. Tensors are copied into buffers that are the files byte by byte, kept
 and used again; only the copying stops the training. So a rank holds its part once more in the host's
-memory. A part is several files of at most 256 MiB, cut between rows: an upload that fails is repeated
+memory. A part is several files of at most 128 MiB, cut between rows: an upload that fails is repeated
 file by file, and no copy of the whole is made.
 """
 
+import io
 import json
 import logging
 import re
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FILE_BYTES = 256 << 20
+FILE_BYTES = 128 << 20
 """Tensors in one file of a part; only a row that is larger makes a larger one."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -66,7 +67,7 @@ class CheckpointWriter:
         self.attempt = secrets.token_hex(4) if attempt is None else attempt
         if not re.fullmatch("[0-9a-z]+", self.attempt):
             raise ValueError(f"attempt is {attempt!r}; it must be lower-case letters and digits")
-        self._buffers: list[bytearray] = []
+        self._buffers: list[io.BytesIO] = []  # gives its memory as bytes without a copy
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[PartInfo] | None = None
 
@@ -87,10 +88,13 @@ class CheckpointWriter:
         self.wait()
         files = list(_cut(pieces))
         sizes = [_size(file) for file in files]
-        if [len(buffer) for buffer in self._buffers] != sizes:
+        if [buffer.getbuffer().nbytes for buffer in self._buffers] != sizes:
             self._buffers = []  # free them first
-            self._buffers = [bytearray(size) for size in sizes]
-        places = [_copy(file, buffer) for file, buffer in zip(files, self._buffers, strict=True)]
+            self._buffers = [io.BytesIO(bytes(size)) for size in sizes]
+        places = []
+        for file, buffer in zip(files, self._buffers, strict=True):
+            with buffer.getbuffer() as view:
+                places.append(_copy(file, view))
         self._pending = self._pool.submit(self._write, rows, places)
 
     def written(self) -> PartInfo | None:
@@ -115,9 +119,10 @@ class CheckpointWriter:
     def _write(self, rows: int, places: list[dict[str, TensorPlace]]) -> PartInfo:
         files: list[PartFile] = []
         for i, (buffer, tensors) in enumerate(zip(self._buffers, places, strict=True)):
+            data = buffer.getvalue()
             name = f"part-{self.attempt}-{self.rank:05d}-of-{self.world:05d}-{i:04d}.safetensors"
             try:
-                self.store.create(f"{checkpoint_folder(rows)}/{name}", buffer)
+                self.store.create(f"{checkpoint_folder(rows)}/{name}", data)
             except Conflict:
                 raise
             except StoreError as error:
@@ -126,7 +131,7 @@ class CheckpointWriter:
                     "to continue from it."
                 ) from error
             files.append(
-                {"name": name, "size_bytes": len(buffer), "crc32c": _checksums(buffer), "tensors": tensors}
+                {"name": name, "size_bytes": len(data), "crc32c": _checksums(data), "tensors": tensors}
             )
         return {"rows": rows, "rank": self.rank, "world": self.world, "files": files}
 
@@ -188,7 +193,7 @@ def _size(file: list[_Cut]) -> int:
     return len(_header(file)) + sum(cut.tensor.nbytes for cut in file)
 
 
-def _copy(file: list[_Cut], buffer: bytearray) -> dict[str, TensorPlace]:
+def _copy(file: list[_Cut], buffer: memoryview) -> dict[str, TensorPlace]:
     """Fill the buffer with the bytes of the file; returns where each tensor lies."""
     header = _header(file)
     buffer[: len(header)] = header
@@ -210,6 +215,6 @@ def _copy(file: list[_Cut], buffer: bytearray) -> dict[str, TensorPlace]:
     return places
 
 
-def _checksums(buffer: bytearray) -> list[int]:
-    data = np.frombuffer(buffer, np.uint8)
-    return [crc32c(data[i : i + BLOCK_BYTES]) for i in range(0, len(data), BLOCK_BYTES)]
+def _checksums(data: bytes) -> list[int]:
+    view = np.frombuffer(data, np.uint8)
+    return [crc32c(view[i : i + BLOCK_BYTES]) for i in range(0, len(view), BLOCK_BYTES)]

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from actcache.errors import ActcacheError, Drained
+from actcache.errors import ActcacheError, Drained, RankFailed
 
 from .checkpoint import PartInfo
 from .checkpoint_writer import CheckpointWriter, Piece
@@ -226,7 +226,3 @@ class Stop:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         logger.info("%s: saving the run; a second one ends it at once", self.asked.name)
-
-
-class RankFailed(ActcacheError, RuntimeError):
-    """Another rank of the run failed; the message is its own."""

@@ -1,20 +1,19 @@
 """The training loop: one stream of batches, any number of SAEs, a directory that survives a kill.
 
-Settings are sae/training.py's, files sae/rundir.py's, a step sae/learner.py's; where batches come
-from is the stream's (`actcache` datasets, or `sae.ArrayStream`). Every rank of a distributed run runs
-this loop (sae/spread.py says who trains what, sae/keeper.py what they decide together); sae/distributed.py
-starts the ranks.
+Settings are sae/training.py's, files sae/rundir.py's, a step sae/learner.py's. Rows come scaled from
+sae/inputs.py; what SAEs say of themselves is sae/provenance.py's; where batches come from is the stream's
+(`actcache` datasets, or `sae.ArrayStream`). Every rank of a distributed run runs this loop (sae/spread.py
+says who trains what, sae/keeper.py what they decide together); sae/distributed.py starts the ranks.
 
 Shapes: N rows, D = d_in.
 """
 
-import json
 import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,20 +24,22 @@ from torch import Tensor
 from actcache.errors import ActcacheError, SpecError
 from actcache.progress import Progress
 
-from .architectures import Architecture, config_to_dict
+from .architectures import Architecture
 from .checkpoint import StoredCheckpoint
 from .checkpoint_writer import Piece
 from .core import SAE
 from .group import Share
+from .inputs import Inputs, centre, checked_device, resolve_site
 from .keeper import Keeper, Stop
-from .learner import Learner, geometric_median
-from .rotation import rotation_of, turned
+from .learner import Learner
+from .provenance import run_description, sae_settings
+from .rotation import turned
 from .rundir import METRICS_FILE, RunDirectory, run_names
 from .spread import Layout
 from .step import Outcome
-from .streams import Batch, Stream, dataset_of, resumed
+from .streams import Batch, Stream, resumed
 from .trackers import make_trackers
-from .training import CheckpointSchedule, Training, input_factor, total_variance
+from .training import CheckpointSchedule, Training, total_variance
 
 logger = logging.getLogger(__name__)
 
@@ -143,10 +144,9 @@ class Trainer:
                 f"Open it with epochs={math.ceil(training.n_rows / stream.n_rows)}, or ask for fewer rows."
             )
         self.stream, self.training, self.start = self.layout.stream(stream), training, list(start)
-        self.configs = [replace(c, site=_resolve_site(c.site, stream.sites)) for c in configs]
+        self.configs = [replace(c, site=resolve_site(c.site, stream.sites)) for c in configs]
         self.rows = self.step = 0
-        self.stats = {site: stream.stats(site) for site in {str(c.site): None for c in self.configs}}
-        self.rotations = {site: rotation_of(stream, site) for site in self.stats}
+        self.inputs = Inputs(stream, [str(c.site) for c in self.configs], training.input_scale, self.device)
         self.names = run_names(self.configs)
         self.learners = {
             i: self._learner(*both)
@@ -154,8 +154,12 @@ class Trainer:
             if self.layout.trains(i)
         }
         """By the number of their config: those that this rank trains, or a part of."""
+        started = {name: s.digest() for name, s in zip(self.names, start, strict=True) if s is not None}
+        saes = dict(zip(self.names, self.configs, strict=True))
+        self.description = run_description(saes, started, self.stream, self.inputs, training)
+        """What makes two runs the same run."""
         self.directory = (
-            None if out is None else RunDirectory(out, self.names, self._description(), storage_options)
+            None if out is None else RunDirectory(out, self.names, self.description, storage_options)
         )
         first = self.layout.rank == 0
         self.trackers = make_trackers(log, out) if first else []
@@ -171,7 +175,6 @@ class Trainer:
             asked or (lambda: self._stop.asked is not None),
             training.log_every,
         )
-        self._buffers: dict[str, Tensor] = {}
         self._log_rows, self._log_time, self._log_stall = 0, time.perf_counter(), 0.0
         self._met_time, self._met_stall = time.perf_counter(), 0.0
 
@@ -212,7 +215,7 @@ class Trainer:
         self.keeper.start(self.rows)
         if self.rows < self.training.n_rows:
             for tracker in self.trackers:
-                tracker.start(self._description(), self.step)
+                tracker.start(self.description, self.step)
             batches = iter(self.stream)
             shown = self._tell is None and self.layout.rank == 0
             total = self.training.n_rows
@@ -269,7 +272,7 @@ class Trainer:
 
     def _train_batch(self, batch: Batch, share: Share, n: int) -> dict[int, Outcome]:
         """One step of every SAE of this rank; each loss is checked before it changes that SAE's weights."""
-        scaled = {site: self._scaled(batch, site, n) for site in self.stats}
+        scaled = self.inputs.scaled(batch, n)
         if self.rows == 0:
             self._set_b_dec(scaled, share)
         outcomes = {}
@@ -292,27 +295,8 @@ class Trainer:
             site = str(learner.config.site)
             if self.start[i] is None:
                 if site not in centres:
-                    centres[site] = _centre(share.whole(scaled[site]), self.training.b_dec_init)
+                    centres[site] = centre(share.whole(scaled[site]), self.training.b_dec_init)
                 learner.set_b_dec(centres[site])
-
-    def _scaled(self, batch: Batch, site: str, n: int) -> Tensor:
-        acts_ND: Any = batch[site]
-        d_in = len(self.stats[site]["mean"])
-        if acts_ND.ndim != 2 or acts_ND.shape[1] != d_in:
-            raise SpecError(
-                f"a batch of {site} has shape {tuple(acts_ND.shape)}; the stream's statistics say d_in {d_in}. "
-                "Open the stream of the dataset that the statistics describe."
-            )
-        scale = np.float32(input_factor(self.stats[site], self.training.input_scale))
-        if isinstance(acts_ND, Tensor):  # of a stream with a device: scaled where it is
-            return acts_ND[:n].to(self.device, torch.float32) * float(scale)
-        if site not in self._buffers or len(self._buffers[site]) < n:
-            self._buffers[site] = torch.empty(
-                max(n, self.stream.batch_size), d_in, pin_memory=self.device.type == "cuda"
-            )
-        x_ND = self._buffers[site][:n]
-        np.multiply(acts_ND[:n], scale, out=x_ND.numpy(), casting="same_kind")
-        return x_ND.to(self.device, non_blocking=True)  # each step ends by reading its loss, so it was copied
 
     def _refuse_non_finite(self, name: str, outcome: Outcome, acts: Any) -> None:
         """Raise; where whole SAEs are dealt, other ranks do not know the loss, and are told when they meet."""
@@ -356,7 +340,9 @@ class Trainer:
         if self.directory is not None:
             self.directory.append_metrics(lines)
         for tracker in self.trackers:
-            tracker.log(dict(zip(self.names, lines, strict=True)), self.step)
+            tracker.log(
+                {name: _numbers(line) for name, line in zip(self.names, lines, strict=True)}, self.step
+            )
         shown = self._shown(lines, speed)
         if self._tell is not None:
             self._tell({"rows": self.rows, "shown": shown, **speed})
@@ -384,7 +370,7 @@ class Trainer:
         }
 
     def _metrics(self, learner: Learner, outcome: Outcome, n: int) -> dict[str, Any]:
-        variance = total_variance(self.stats[str(learner.config.site)]) * learner.scale**2
+        variance = total_variance(self.inputs.stats[str(learner.config.site)]) * learner.scale**2
         return {
             "step": self.step,
             "rows": self.rows,
@@ -396,20 +382,18 @@ class Trainer:
         }
 
     def _learner(self, config: Architecture, start: SAE | None) -> Learner:
-        stats = self.stats[str(config.site)]
-        scale = input_factor(stats, self.training.input_scale)
-        rules = self.training.rules(config)
+        site = str(config.site)
         learner = Learner(
             config,
-            len(stats["mean"]),
-            scale,
-            rules,
+            self.inputs.d_in(site),
+            self.inputs.factors[site],
+            self.training.rules(config),
             self.training.seed,
             device=self.device,
             group=self.layout.learner_group,
         )
         if start is not None:
-            rotation_DD = self.rotations[str(config.site)]
+            rotation_DD = self.inputs.rotations[site]
             learner.start_from(start if rotation_DD is None else turned(start, rotation_DD.T))
         return learner
 
@@ -430,7 +414,8 @@ class Trainer:
 
     def _finished(self, learner: Learner) -> SAE | None:
         """The SAE for the model's activations; None on a rank that holds only a part of it."""
-        s, rotation_DD = learner.finished(self._cfg(learner)), self.rotations[str(learner.config.site)]
+        cfg = sae_settings(learner, self.stream, self.inputs, self.training, self.rows, self.step)
+        s, rotation_DD = learner.finished(cfg), self.inputs.rotations[str(learner.config.site)]
         return s if s is None or rotation_DD is None else turned(s, rotation_DD)
 
     def _pieces(self) -> dict[str, Piece]:
@@ -457,105 +442,13 @@ class Trainer:
         self.keeper.saved_rows = self.rows
         self.stream = resumed(self.stream, stored.state["stream"], self.rows)
 
-    def _description(self) -> dict[str, Any]:
-        """What makes two runs the same run."""
-        started = {name: s.digest() for name, s in zip(self.names, self.start, strict=True) if s is not None}
-        return {
-            "training": asdict(self.training),
-            "saes": {name: config_to_dict(c) for name, c in zip(self.names, self.configs, strict=True)},
-            **({"start": started} if started else {}),
-            "data": {
-                "dataset": dataset_of(self.stream).get("id"),
-                "n_rows": self.stream.n_rows,
-                "batch_size": self.stream.batch_size,
-                "order": {
-                    # the position moves, and a manifest version that adds sites changes no row
-                    name: value
-                    for name, value in self.stream.state().items()
-                    if name not in ("epoch", "row", "version")
-                },
-                **({"rotated": True} if self._rotated else {}),
-                "sites": {
-                    site: {"d_in": len(stats["mean"]), "mean_norm": float(stats["mean_norm"])}
-                    for site, stats in self.stats.items()
-                },
-            },
-        }
 
-    @property
-    def _rotated(self) -> bool:
-        return any(rotation_DD is not None for rotation_DD in self.rotations.values())
-
-    def _cfg(self, learner: Learner) -> dict[str, Any]:
-        """`sae.json`: settings, then how it came about."""
-        dataset = dataset_of(self.stream)
-        return {
-            **json.loads(json.dumps(config_to_dict(learner.config))),
-            "d_in": learner.d_in,
-            "dtype": "float32",
-            "model": dataset.pop("model", None),
-            "context_size": dataset.pop("context_size", None),
-            "prepend_bos": dataset.pop("prepend_bos", None),
-            "dataset": dataset,
-            "rows": self.rows,
-            "steps": self.step,
-            "batch_size": self.stream.batch_size,
-            "lr": learner.rules.lr,
-            "input_scale_folded": learner.scale,
-            **({"trained_rotated": True} if self._rotated else {}),
-            "training": json.loads(json.dumps(asdict(self.training))),
-            "actcache_version": _version(),
-        }
-
-
-def checked_device(device: torch.device | str) -> torch.device:
-    """The device, if it is there.
-
-    Raises:
-        SpecError: it is not a device's name, or this machine has none such.
-    """
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise SpecError(
-            f"device {device!s} can not be used here ({str(error).splitlines()[0]}); give cpu, or cuda on a machine "
-            "with a GPU and a torch built for it"
-        ) from error
-    return found
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    """What a curve can be drawn of."""
+    return {name: value for name, value in line.items() if isinstance(value, int | float)}
 
 
 def _read(
     stored: StoredCheckpoint, prefix: str, name: str, first: int = 0, stop: int | None = None
 ) -> Tensor:
     return stored.read(prefix + name, first, stop)
-
-
-def _version() -> str | None:
-    """Of the installed package; None in a checkout on the path."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("actcache")
-    except PackageNotFoundError:
-        return None
-
-
-def _centre(x_ND: Tensor, rule: str) -> Tensor:
-    if rule == "geometric_median":
-        return geometric_median(x_ND)
-    return x_ND.mean(0) if rule == "mean" else torch.zeros(x_ND.shape[1], device=x_ND.device)
-
-
-def _resolve_site(site: str | None, sites: Sequence[str]) -> str:
-    if site is None and len(sites) == 1:
-        return sites[0]
-    if site is None:
-        raise SpecError(
-            f"the stream has {len(sites)} sites and the config names none; set site to one of {', '.join(sites)}"
-        )
-    if site not in sites:
-        raise SpecError(
-            f"site {site} is not in the stream, which has {', '.join(sites)}; open the stream with it"
-        )
-    return site

@@ -1,5 +1,6 @@
 """Processes killed by SIGKILL at chosen moments of a checkpoint: the run ends in the undisturbed result."""
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,12 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _rows(store: Store) -> int:
     """Rows of the newest checkpoint, each byte of which is read; 0 if there is none."""
+    keys = {o.key for o in store.listing("checkpoints")}
+    for key in keys:
+        folder, _, name = key.rpartition("/")
+        if name == "done.json":
+            files = json.loads(store.read(key))["files"]
+            assert {f"{folder}/{file['name']}" for file in files} <= keys, "its parts went first"
     newest = Checkpoints(store).newest()
     return newest.rows if newest is not None and len(dict(newest)) == len(newest) else 0
 

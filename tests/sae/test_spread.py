@@ -13,9 +13,8 @@ import ranks
 import torch
 
 import sae
-from actcache.errors import Drained, SpecError
+from actcache.errors import Drained, RankFailed, SpecError
 from sae.group import ALONE
-from sae.keeper import RankFailed
 from sae.rundir import progress_of
 from sae.spread import Layout, Spread, spread_of
 from sae.train import NonFiniteLoss, Trainer
