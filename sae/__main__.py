@@ -424,6 +424,8 @@ def progress_command(runs: tuple[str, ...], as_json: bool, storage_options: dict
             parts.append(f"{format_count(found['rows_done'])}/{format_count(found['rows_wanted'])} rows")
         if found["rate_rows_per_s"]:
             parts.append(f"{format_count(found['rate_rows_per_s'])}/s  ETA {format_duration(found['eta_s'])}")
+        if found["world_size"]:
+            parts.append(f"{found['world_size']} ranks by {found['spread']}")
         click.echo("  ".join(parts))
 
 

@@ -23,6 +23,8 @@ from .files import run_files
 
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
 RUN_FORMAT = 1
+_OF_RANKS = ("world_size", "spread", "stall_by_rank")
+"""What metrics of several ranks have in addition."""
 _FREE = ("checkpoint_every_rows", "checkpoint_every_s")
 """Settings of `training` that change no number: a run may go on with others."""
 
@@ -201,11 +203,13 @@ def progress_of(
 ) -> dict[str, Any]:
     """How far a run has come, as JSON: rows of its stored metrics, not of a process that may be running.
 
-    `state` is `missing`, `partial` or `finished`; the figures are None where no metrics are stored.
+    `state` is `missing`, `partial` or `finished`; the figures are None where no metrics are stored. Of several
+    ranks there are also `world_size`, what they share (`spread`), and `stall_by_rank`, the share of its time that
+    each has waited for rows; `rate_rows_per_s` is of all of them together.
     """
     files = run_files(location, storage_options)
     found: dict[str, Any] = {"path": str(location), "state": "missing"}
-    found |= dict.fromkeys(("saes", "rows_done", "rows_wanted", "rate_rows_per_s", "eta_s"))
+    found |= dict.fromkeys(("saes", "rows_done", "rows_wanted", "rate_rows_per_s", "eta_s", *_OF_RANKS))
     data = files.read(RUN_FILE)
     if data is None:
         return found
@@ -226,4 +230,5 @@ def progress_of(
         "rows_done": last["rows"],
         "rate_rows_per_s": rate,
         "eta_s": round(left / rate, 1) if rate else None,
+        **{name: last.get(name) for name in _OF_RANKS},
     }

@@ -363,7 +363,8 @@ class Trainer:
         self._log_rows, self._log_time, self._log_stall = self.rows, now, 0.0
         if self.layout.world > 1:
             stalls = [round(stall, 4) for stall in self.keeper.stalls]
-            speed |= {"world_size": self.layout.world, "stall_by_rank": stalls}
+            speed |= {"world_size": self.layout.world, "spread": str(self.layout.spread)}
+            speed["stall_by_rank"] = stalls
             speed["stall_share"] = max(stalls, default=speed["stall_share"])
         own = {i: self._metrics(self.learners[i], outcome, n) | speed for i, outcome in outcomes.items()}
         lines = self._all_lines(own)
