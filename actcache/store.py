@@ -180,6 +180,14 @@ def open_store(url: str | os.PathLike[str], storage_options: Mapping[str, Any] |
     return kind(text.rstrip("/"), options, retry)
 
 
+def folder_of(url: str, storage_options: Mapping[str, Any] | None = None) -> tuple[Store, str] | None:
+    """The store of the folder that an object or a dataset lies in, and its name there; None if it lies in none."""
+    folder, _, name = url.rstrip("/").rpartition("/")
+    if not name or not folder or folder.endswith("/"):
+        return None  # a bucket, or the root of a disk
+    return open_store(folder, storage_options), name
+
+
 def client_options(storage_options: Mapping[str, Any] | None) -> dict[str, Any]:
     """The storage options that fsspec gets: all but ours."""
     return {k: v for k, v in (storage_options or {}).items() if k != RETRY_OPTION}

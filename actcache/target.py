@@ -19,7 +19,7 @@ from .layout import zarr_metadata
 from .manifest import Manifest
 from .metadata import write_metadata
 from .retry import client_errors
-from .store import Store, client_options, open_store
+from .store import Store, client_options, folder_of, open_store
 
 log = logging.getLogger(__name__)
 
@@ -107,11 +107,10 @@ class Place(Target):
 
     def harvested(self, tokens_id: str) -> bool:
         """By the token store, which a harvest makes beside the dataset before any shard, and nothing removes."""
-        root = self._store.url.rstrip("/").rpartition("/")[0]
-        if not root or root.endswith("/"):
+        place = folder_of(self._store.url, self._options)
+        if place is None:
             return True  # no folder above that can be looked at
-        found = open_store(root, self._options).folders("tokens")
-        return any(name.endswith(f"-{tokens_id[:12]}") for name in found)
+        return any(name.endswith(f"-{tokens_id[:12]}") for name in place[0].folders("tokens"))
 
     def publish(self, manifest: Manifest, data: bytes, card: bytes | None) -> None:
         self.create([(manifest.key, partial(bytes, data))])
