@@ -31,6 +31,7 @@ from .manifest import (
     record_key,
 )
 from .metadata import metadata_is_current, write_metadata
+from .probe import require_conditions
 from .progress import format_bytes
 from .ray_engine import RayEngine, in_a_cluster, ray_map
 from .sources import ResolvedCorpus, resolve_corpus
@@ -223,10 +224,13 @@ def harvest(
     found = find_dataset(base, resolved.id)
     name = found or dataset_name(resolved.identity, spec.corpus.source)
     store = base.sub(name)
-    _claim(store, resolved)  # also shows at once whether the root can be written
+    is_there = _is_there(base, store, resolved)
+    if not is_there:
+        require_conditions(base)  # also shows at once whether the root can be written
+    _claim(store, resolved)
     encode = ray_map if engine == "ray" and in_a_cluster() else in_order
     # a hit neither waits for another harvest nor keeps one waiting
-    with nullcontext() if _is_there(base, store, resolved) else Lease(base, name):
+    with nullcontext() if is_there else Lease(base, name):
         tokens = tokenise(spec, resolved.corpus, resolved.tokenizer, base, run=encode, progress=progress)
         job = resolved.job(
             store.url,
