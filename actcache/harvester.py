@@ -154,9 +154,10 @@ class Harvester:
         )
         self.on_device = self.lm.device.startswith("cuda")
         self.d_in = {site: site_width(self.lm.model, site) for site in job.sites}
+        self._start()
+        self._check_isolation()
         if job.compile:
             compile_around(self.lm.model, job.sites)
-        self._start()
 
     def _start(self) -> None:
         """What changes while it runs."""
@@ -172,6 +173,34 @@ class Harvester:
         self._uploads = ThreadPoolExecutor(self.job.uploads, thread_name_prefix="upload")
         self._room = Room(self.job.buffer_bytes)
 
+    def _check_isolation(self) -> None:
+        """Refuse a kernel that mixes documents of one sequence, if they are to stay apart.
+
+        Each worker does so when it starts: the calibration, which is made once, says nothing of the kernels, GPUs and
+        versions of those who come later.
+        """
+        if self.tokens.identity["packing"] != "isolated":
+            return
+        from .capture import check_isolation
+
+        n = min(64, self.tokens.n_sequences("train"))
+        input_ids_ST, length_S = self.tokens.sequences("train", 0, n)
+        kept_ST = kept_tokens(input_ids_ST, length_S, self.tokens.identity["special_token_ids"])
+        sites = self.job.sites  # in forward order; what mixes somewhere shows in all that comes after it
+        chosen = dict.fromkeys((sites[0], sites[len(sites) // 2], sites[-1]))
+
+        def check(lm_batch: int) -> None:
+            check_isolation(
+                self.lm.model,
+                list(chosen),
+                context_size=self.tokens.context_size,
+                lm_batch=lm_batch,
+                causal=self.lm.is_causal,
+                token_ids=np.unique(input_ids_ST[kept_ST]).tolist(),
+            )
+
+        self._fitting(check)
+
     def close(self) -> None:
         """End the threads."""
         self._lm_thread.shutdown()
@@ -179,8 +208,6 @@ class Harvester:
 
     def calibrate(self) -> None:
         """Create the calibration of every site that has none, from a fixed prefix of the train split."""
-        from .capture import check_isolation
-
         missing = [s for s in self.job.sites if not self.store.exists(calibration_key(s))]
         if not missing:
             return
@@ -189,8 +216,6 @@ class Harvester:
         n = min(n, self.tokens.n_sequences("train"))
         input_ids_ST, length_S = self.tokens.sequences("train", 0, n)
         position_ids_ST = self.tokens.position_ids("train", 0, n)
-        if position_ids_ST is not None:
-            check_isolation(self.lm.model, self.job.sites)
         kept_ST = kept_tokens(input_ids_ST, length_S, self.tokens.identity["special_token_ids"])
         parts: dict[str, list[np.ndarray]] = {site: [] for site in missing}
         for start, acts in self._forward(input_ids_ST, missing, length_S, position_ids_ST):
