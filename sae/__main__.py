@@ -249,6 +249,7 @@ def _train(config: Path | None, storage_options: dict[str, Any], json: bool, **o
     import actcache
 
     from .distributed import one_voice
+    from .inputs import checked_device
     from .trackers import make_trackers
     from .train import Training, run_names, train
 
