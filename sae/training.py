@@ -115,10 +115,10 @@ class Training:
     """Steps between lines of metrics.jsonl."""
 
     checkpoint_every_rows: int | None = 1_000_000
-    """Rows between checkpoints, when the run has a directory. None: by time alone."""
+    """Rows between checkpoints, when the run has a directory; if it is None, time alone decides."""
 
     checkpoint_every_s: float | None = 600.0
-    """Seconds between checkpoints, where `checkpoint_every_rows` takes longer. None: by rows alone."""
+    """Seconds between checkpoints, where those rows take longer; if it is None, rows alone decide."""
 
     def __post_init__(self) -> None:
         for name in ("n_rows", "log_every", "checkpoint_every_rows"):
