@@ -26,7 +26,6 @@ _TELL_S = 1.0
 _CAUSE_S = 10.0
 """A rank that was told of another's failure waits so long for that one to say it itself."""
 _PREEMPTION_S = 5.0
-_FOREVER_S = 10 * 365 * 86_400
 
 
 @dataclass
@@ -51,7 +50,7 @@ class End:
     text: str = ""
     """All that Ray Train says of it."""
     unplaced: bool = False
-    """No rank was started: there was no room."""
+    """No rank was started: others have taken the room meanwhile."""
     never: bool = False
     """There will never be room."""
 
@@ -69,8 +68,6 @@ class Launch:
         """Run Ray Train until the ranks have ended; `me` is this actor's handle."""
         os.environ.update(environment)
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-        if not workers.elastic:  # one request is waited for, however long; who waits is told by the driver
-            os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_FOREVER_S))
         from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
         from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -80,10 +77,10 @@ class Launch:
                 train_loop_config={"job": job, "board": me, "cpus": workers.cpus},
                 torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
                 scaling_config=ScalingConfig(
-                    num_workers=(workers.least, workers.most) if workers.elastic else workers.most,
+                    # never (least, most): Ray Train counts what others hold as room, and grows without saving
+                    num_workers=workers.most,
                     use_gpu=bool(workers.gpus),
                     resources_per_worker=workers.resources,
-                    elastic_resize_monitor_interval_s=_FOREVER_S,  # the driver saves before it grows
                 ),
                 run_config=RunConfig(
                     name=name,

@@ -512,12 +512,12 @@ def test_elastic_workers_take_what_there_is_and_grow(
     monkeypatch.setattr(ray_train, "_GROW_S", 0.5)
     caplog.set_level(logging.INFO)
     out = tmp_path / "run"
-    holder = ray_session.remote(num_cpus=2)(Holder).remote()
-    ray_session.get(holder.hold.remote())
+    held = ray_session.util.placement_group([{"CPU": 2}])
+    assert held.wait(60)
 
     def release():
         await_(lambda: checkpoint(out))
-        ray_session.kill(holder)
+        ray_session.util.remove_placement_group(held)
 
     with meanwhile(release):
         saes = sae.train(stream(ds), CONFIGS, LONG, out=out, workers=(2, 3))
@@ -526,11 +526,6 @@ def test_elastic_workers_take_what_there_is_and_grow(
     assert "there is room for more than 2 workers: saving" in caplog.text
     assert largest_difference(saes, alone_long[0]) == 0
     assert lines(out) == lines(alone_long[1])
-
-
-class Holder:
-    def hold(self):
-        """Returns once it has its CPUs."""
 
 
 @pytest.mark.ray
@@ -545,7 +540,7 @@ def test_who_waits_is_told_for_what_and_may_stop(ds, tmp_path, ray_session, capl
 
     with meanwhile(stop), pytest.raises(Drained, match="stopped before the workers began; run the same"):
         sae.train(stream(ds), CONFIGS, TRAINING, out=tmp_path / "run", workers=9, spread="latents")
-    assert re.search(r"still waiting for 9 workers of 1 CPU after \d+ s; the cluster has 4 CPU", caplog.text)
+    assert re.search(r"still waiting for 9 workers of 1 CPU, for \d+ s: the cluster has 4 CPU", caplog.text)
     assert "it lacks 5 CPU" in caplog.text
 
 
