@@ -245,32 +245,42 @@ def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args
 PEAK = {"bfloat16": 989e12, "tf32": 494e12}  # H100 SXM, dense
 MEMORY, NVLINK, NETWORK = 3.35e12, 450e9, 50e9  # bytes/s: HBM3; a GPU's NVLink; its 400 Gb/s between nodes
 REACHED_MATMUL, REACHED_LINK, LATENCY = 0.6, 0.7, 20e-6
-COLLECTIVES = {"latents": 6, "rows": 5}
+COLLECTIVES, NODE = 6, 8  # of a step; GPUs that NVLink joins
 
 
 def model(options: argparse.Namespace) -> None:
     """Seconds a step of each layout, by the bytes of `_bytes` and the passes of a sparse step."""
-    for n, d, f in (
-        (4096, 2304, 16_384),
-        (4096, 2304, 131_072),
-        (8192, 4096, 131_072),
-        (32_768, 4096, 131_072),
-    ):
+    shapes = ((4096, 2304, 16_384), (4096, 2304, 131_072), (8192, 4096, 131_072), (32_768, 4096, 131_072))
+    for n, d, f in shapes:
         for world in (1, 8, 16, 64):
-            link = NVLINK if world <= 8 else NETWORK
-            found = {}
-            for layout in ("latents", "rows"):
-                rows, latents = (n, f / world) if layout == "latents" else (n / world, f)
-                matmul = 2 * rows * d * latents / (PEAK["bfloat16"] * REACHED_MATMUL)
-                sparse = 6 * 2 * n * options.k / world * d * 4 / MEMORY  # decode, its gradients, encoder
-                update = 14 * 4 * 2 * (f / world) * d / MEMORY  # passes of Adam, projection and norms over W
-                sent = _bytes(layout, world, n, d, f, options.k, code_bytes=1) if world > 1 else 0.0
-                talk = sent / (link * REACHED_LINK) + (LATENCY * COLLECTIVES[layout] if world > 1 else 0)
-                found[layout] = {
-                    "step_ms": round(1e3 * (matmul + sparse + update + talk), 2),
-                    "network_ms": round(1e3 * talk, 2), "gb": round(sent / 1e9, 3),
-                }  # fmt: skip
+            nodes = max(1, world // NODE)
+            meshes = {
+                "latents": (1, world),
+                "rows": (world, 1),
+                "rows between nodes": (nodes, world // nodes),
+            }
+            found = {name: _step(n, d, f, options.k, *mesh) for name, mesh in meshes.items()}
             report("distributed-training-model", arithmetic=True, n=n, d_in=d, d_sae=f, world=world, **found)
+
+
+def _step(n: int, d: int, f: int, k: int, islands: int, ranges: int) -> dict[str, float]:
+    world = islands * ranges
+    matmul = 2 * n * d * f / world / (PEAK["bfloat16"] * REACHED_MATMUL)
+    sparse = 6 * 2 * n * k / world * d * 4 / MEMORY  # decoding, its gradients, those of the encoder
+    update = 14 * 4 * 2 * f / world * d / MEMORY  # passes of Adam, projection and norms over the weights
+    inside = _bytes("latents", ranges, n // islands, d, f, k, code_bytes=1) if ranges > 1 else 0.0
+    between = _bytes("rows", islands, n, d, f // ranges, k, code_bytes=1) if islands > 1 else 0.0
+    talk = inside / (_link(ranges) * REACHED_LINK) + between / (_link(world) * REACHED_LINK)
+    talk += LATENCY * COLLECTIVES if world > 1 else 0
+    return {
+        "step_ms": round(1e3 * (matmul + sparse + update + talk), 2),
+        "network_ms": round(1e3 * talk, 2),
+        "gb": round((inside + between) / 1e9, 3),
+    }
+
+
+def _link(gpus: int) -> float:
+    return NVLINK if gpus <= NODE else NETWORK
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -97,11 +98,29 @@ def _dry_run(where: Backend, run: Run) -> None:
     from .progress import plans
 
     click.echo(where.request(run, "<attempt>"))
+    _show_trainings(where, run)
     for name, text, good in plans(json.loads(run.as_json())):
         if good:
             click.echo(f"\nplan of {name}:\n{text}")
         else:
             click.echo(f"no plan of {name} from here: {text}", err=True)
+
+
+def _show_trainings(where: Backend, run: Run) -> None:
+    """Each training with ranks: the command as it runs, and its ranks beside what the cluster has."""
+    trainings = run.trainings()
+    if not trainings:
+        return
+    try:
+        nodes, why = where.nodes(run), ""
+    except ClusterError as err:
+        nodes, why = None, str(err)
+    commands = {step.name: run.program(step.command) for step in run.all_steps}
+    for name, ranks in trainings.items():
+        taken = ranks.beside(nodes) if nodes is not None else str(ranks)
+        click.echo(f"\nranks of {name}: {taken}\n{shlex.join(commands[name])}")
+    if why:
+        click.echo(f"what the cluster has is not known from here: {why}", err=True)
 
 
 @cli.command(context_settings=_SETTINGS)

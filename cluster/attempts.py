@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import Run
+from .training import Nodes
 
 POLL_S = 0.2
 _ID = re.compile(r"(.+)-([1-9]\d*)")
@@ -75,6 +76,14 @@ class Backend(ABC):
 
         Raises:
             ConfigError: this backend cannot run it as written.
+        """
+
+    @abstractmethod
+    def nodes(self, run: Run) -> Nodes:
+        """The nodes on which the run would run: those that are there, or that it asks for.
+
+        Raises:
+            ConfigError: it asks for nodes that are too small for it.
         """
 
     @abstractmethod

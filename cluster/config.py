@@ -4,17 +4,18 @@ Owns the checks of that file. It never reads the environment (backends do, when 
 never touches the cluster; an error names the field, never the value, which may be a secret.
 """
 
-import difflib
 import json
 import re
 import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from .credentials import place_of_secret
+from .tables import ConfigError, check_types, from_table
+from .training import Nodes, Ranks, Train, is_training, ranks_as_asked, ranks_of, resources, with_ranks
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")  # fits Kubernetes' 47 with room for -<attempt>
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -24,22 +25,7 @@ _PLACE = re.compile(
 )  # other braces are a site's: blocks.{4,8}.hook_resid_post
 DATA_OF = re.compile(r"\{data:([a-z0-9-]+)\}")
 """In a step's command: the URL of the dataset that another step, `actcache harvest`, makes."""
-_WANTED: dict[Any, str] = {
-    str: "a string",
-    str | None: "a string",
-    float: "a number",
-    int: "a whole number",
-    bool: "true or false",
-    tuple[str, ...]: "a list of strings",
-    Mapping[str, str]: "a table of strings",
-}
-_FOUND = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", dict: "a table"}
-_FOUND |= {tuple: "a list", list: "a list"}
 _AT_LEAST_ONE = {("workers.", "count"), ("workers.", "cpus"), ("workers.", "memory_gib"), ("", "drain_s")}
-
-
-class ConfigError(ValueError):
-    """RUN.toml cannot be used as written; the message says which field and what it must be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +38,11 @@ class Step:
     """Arguments as a list, no shell."""
     needs: tuple[str, ...] = ()
     """Steps that must have succeeded before."""
-    num_cpus: float = 1
-    """CPUs that the step reserves; 0 for `actcache harvest` with Ray, whose actors reserve their own."""
+    num_cpus: float | None = None
+    """CPUs that the step reserves; 0 for `actcache harvest` with Ray, whose actors reserve their own. None: 1, or 0 for
+    `sae train` with ranks."""
     num_gpus: float = 0
-    """GPUs that the step reserves, e.g. 1 for `sae train` and `sae eval`."""
+    """GPUs that the step reserves, e.g. 1 for `sae train --device cuda`; 0 with ranks, which reserve their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +127,8 @@ class Run:
     """Seconds that a stopped run has to finish the blocks in flight before it is killed."""
     workers: Workers = Workers()
     """Resources per worker."""
+    train: Train | None = None
+    """Ranks of each `python -m sae train`; None: as its own command says."""
     kuberay: KubeRay = KubeRay()
     """For the backend kuberay."""
     slurm: Slurm = Slurm()
@@ -147,7 +136,7 @@ class Run:
 
     def __post_init__(self) -> None:
         for of, place in self._tables():
-            _check_types(of, place)
+            check_types(of, place)
         if not _NAME.fullmatch(self.name):
             raise ConfigError("name must be at most 40 of a-z, 0-9 and '-', without '-' at the ends")
         if not self.steps and (not self.command or not self.command[0]):
@@ -172,6 +161,7 @@ class Run:
                     if not least <= value < float("inf"):
                         raise ConfigError(f"{place}{f.name} is {value}; it must be {least} or more")
         _check_steps(self)
+        _check_trainings(self)
         for of, place in self._tables():
             values = {place + f.name: getattr(of, f.name) for f in fields(of) if f.name != "steps"}
             found = place_of_secret(values) or place_of_secret({"a name in env_files": list(self.env_files)})
@@ -184,6 +174,7 @@ class Run:
     def _tables(self) -> list[tuple[Any, str]]:
         """Every dataclass in it, and what its fields are called in messages."""
         own = [(self, ""), (self.workers, "workers."), (self.kuberay, "kuberay."), (self.slurm, "slurm.")]
+        own += [(self.train, "train.")] if self.train is not None else []
         return own + [(step, f"steps[{i}].") for i, step in enumerate(self.steps)]
 
     def filled(self, command: Sequence[str]) -> list[str]:
@@ -193,10 +184,32 @@ class Run:
         return [_PLACE.sub(lambda m: str(values[m[1]]), word) for word in command]
 
     def program(self, command: Sequence[str]) -> list[str]:
-        """A command's arguments, `python` and `actcache` by the run's own interpreter."""
+        """A command's arguments: `python` and `actcache` by the run's own interpreter, a training's with its ranks."""
         program, *arguments = self.filled(command)
         known = {"python": [self.python], "actcache": [self.python, "-m", "actcache"]}
-        return [*known.get(program, [program]), *arguments]
+        return with_ranks([*known.get(program, [program]), *arguments], self.train)
+
+    def trainings(self) -> dict[str, Ranks]:
+        """Ranks of each step that trains with ranks, by its name."""
+        found = {step.name: ranks_of(self.program(step.command)) for step in self.all_steps}
+        return {name: ranks for name, ranks in found.items() if ranks is not None}
+
+    def nodes(self) -> Nodes:
+        """Pods or machines of the size of [workers]: `count`, or more where a training's ranks need them.
+
+        Raises:
+            ConfigError: one has no room for a rank.
+        """
+        cpus, gpus, n = self.workers.cpus, self.workers.gpus, self.workers.count
+        for name, ranks in self.trainings().items():
+            on_one = ranks.on_node(cpus, gpus)
+            if on_one == 0:
+                raise ConfigError(
+                    f"a rank of {name} takes {resources(ranks.cpus, ranks.gpus)}, and one of [workers] has "
+                    f"{resources(cpus, gpus)}; raise cpus or gpus of [workers], or lower those of [train]"
+                )
+            n = max(n, -(-ranks.most // on_one))
+        return [(cpus, gpus)] * n
 
     @property
     def entrypoint(self) -> str:
@@ -210,7 +223,13 @@ class Run:
 
     def as_json(self) -> str:
         """What `cluster.steps` is told: name, root and the steps as they are run."""
-        steps = [asdict(step) | {"command": self.program(step.command)} for step in self.all_steps]
+        with_ranks = self.trainings()
+        steps = []
+        for step in self.all_steps:
+            told = asdict(step) | {"command": self.program(step.command)}
+            if step.num_cpus is None:
+                told["num_cpus"] = 0 if step.name in with_ranks else 1
+            steps.append(told)
         return json.dumps({"name": self.name, "root": self.root, "steps": steps})
 
     @property
@@ -247,64 +266,18 @@ def read_run(path: str | Path) -> Run:
 
 
 def _from_values(values: dict[str, Any]) -> Run:
-    tables = {"workers": Workers, "kuberay": KubeRay, "slurm": Slurm}
+    tables = {"workers": Workers, "train": Train, "kuberay": KubeRay, "slurm": Slurm}
     for key, kind in tables.items():
         if key in values:
-            values[key] = _table(kind, values[key], f"{key}.")
+            values[key] = from_table(kind, values[key], f"{key}.")
     if "steps" in values:
         if not isinstance(values["steps"], list):
             raise ConfigError("steps must be tables: [[steps]]")
         if not values["steps"]:
             raise ConfigError("steps is empty; put in a [[steps]], or a command instead")
-        values["steps"] = [_table(Step, step, f"steps[{i}].") for i, step in enumerate(values["steps"])]
-    run: Run = _table(Run, values, "")
+        values["steps"] = [from_table(Step, step, f"steps[{i}].") for i, step in enumerate(values["steps"])]
+    run: Run = from_table(Run, values, "", required=() if "steps" in values else ("command",))
     return run
-
-
-def _table(kind: Any, values: Any, place: str) -> Any:
-    """A dataclass from a TOML table; `place` is what its fields are called in messages."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{place.rstrip('.')} is {_found(values)}; it must be a table")
-    known = [f.name for f in fields(kind)]
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it can be {', '.join(known)}"
-            raise ConfigError(f"no field is called {place + key!r}; {hint}")
-    required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
-    if kind is Run and "steps" not in values:
-        required.append("command")
-    for key in required:
-        if key not in values:
-            raise ConfigError(f"{place}{key} is missing; put it in, docs/cluster.md has an example")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def _check_types(of: Any, place: str) -> None:
-    for f in fields(of):
-        value, want = getattr(of, f.name), _WANTED.get(f.type)
-        if want == "a list of strings":
-            good = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-        elif want == "a table of strings":
-            good = isinstance(value, Mapping) and all(isinstance(item, str) for item in value.values())
-        elif want == "a number":
-            good = isinstance(value, int | float) and not isinstance(value, bool)
-        elif want == "a whole number":
-            good = isinstance(value, int) and not isinstance(value, bool)
-        elif want == "true or false":
-            good = isinstance(value, bool)
-        elif want == "a string":
-            good = isinstance(value, str) or (value is None and f.default is None)
-        else:
-            continue  # tables: `_table` made them
-        if not good:
-            raise ConfigError(f"{place}{f.name} is {_found(value, want)}; it must be {want}")
-
-
-def _found(value: Any, want: str = "") -> str:
-    """What a value is, in the words of TOML."""
-    kind = _FOUND.get(type(value), f"a {type(value).__name__}")
-    return f"{kind} of other things" if want.startswith(f"{kind} of") else kind
 
 
 def _others(names: Sequence[str], i: int) -> str:
@@ -340,3 +313,28 @@ def _check_steps(run: Run) -> None:
             raise ConfigError(f"{place}command has {{root}}, and root is missing")
         if not run.steps and any(DATA_OF.search(word) for word in command):
             raise ConfigError("{data:STEP} is for [[steps]]; give the dataset's URL")
+
+
+def _check_trainings(run: Run) -> None:
+    if run.train is not None:
+        try:
+            ranks_as_asked(run.train)
+        except ValueError as err:
+            raise ConfigError(f"train.{err}") from err
+    trains = False
+    for i, step in enumerate(run.all_steps):
+        place = f"steps[{i}]." if run.steps else ""
+        command = run.program(step.command)
+        trains |= is_training(command)
+        try:
+            ranks = ranks_of(command)
+        except ValueError as err:
+            raise ConfigError(f"{place}command: {err}") from err
+        for name in ("num_gpus", "num_cpus"):
+            if ranks and (reserved := getattr(step, name)):
+                raise ConfigError(
+                    f"{place}{name} is {reserved:g}, but this training's ranks reserve their own "
+                    f"({ranks}); take {name} out"
+                )
+    if run.train is not None and not trains:
+        raise ConfigError("[train] is for `python -m sae train`, and no command here is that; take it out")

@@ -1,6 +1,6 @@
 """Runs as RayJobs of KubeRay: the manifest from RUN.toml, and `kubectl` for everything else.
 
-The head has no work; workers have the resources of [workers]. A failure makes a new cluster, at most `retries` times, and
+The head has no work; workers have the resources of [workers], and are as many as harvests or ranks of a training need. A failure makes a new cluster, at most `retries` times, and
 the command goes on from what is stored. Values of `env` come from a Kubernetes secret: none is ever in a manifest.
 What schemas do not say is in ../shared/reference/ray.md, section 4; tests hold the manifest to both.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 from .attempts import POLL_S, Attempt, Backend, ClusterError, parse_id
 from .config import ConfigError, Run
+from .training import Nodes, run_directory
 
 _LABEL = "actcache-run"
 _ENTRYPOINT = "actcache/entrypoint"
@@ -45,7 +46,13 @@ def manifest(run: Run, attempt: int | str) -> dict[str, Any]:
         raise ConfigError("working_dir is for the backends local and ray; put the code in the image")
     if run.root is not None and "://" not in run.root:
         raise ConfigError("root is a directory, which pods do not share; give a URL such as s3://bucket/acts")
-    options, workers = run.kuberay, run.workers
+    for step in run.all_steps:
+        out = run_directory(run.program(step.command))
+        if out is not None and "://" not in out:
+            raise ConfigError(
+                f"--out of {step.name} is a directory, which pods do not share; give a URL such as {{root}}/runs/x"
+            )
+    options, workers, n_pods = run.kuberay, run.workers, len(run.nodes())
     metadata: dict[str, Any] = {
         "name": f"{run.name}-{attempt}",
         "namespace": options.namespace,
@@ -63,9 +70,9 @@ def manifest(run: Run, attempt: int | str) -> dict[str, Any]:
         "workerGroupSpecs": [
             {
                 "groupName": "workers",
-                "replicas": workers.count,
-                "minReplicas": workers.count,
-                "maxReplicas": workers.count,
+                "replicas": n_pods,
+                "minReplicas": n_pods,
+                "maxReplicas": n_pods,
                 "rayStartParams": {"object-store-memory": str(_OBJECT_STORE_BYTES)},
                 "template": _pod(run, "ray-worker", workers.cpus, workers.memory_gib, workers.gpus),
             }
@@ -157,6 +164,10 @@ class KubeRayJobs(Backend):
     def request(self, run: Run, attempt: int | str) -> str:
         """The manifest, as JSON, which `kubectl apply -f -` takes too."""
         return json.dumps(manifest(run, attempt), indent=2)
+
+    def nodes(self, run: Run) -> Nodes:
+        """The pods of the workers."""
+        return run.nodes()
 
     def start(self, run: Run, attempt: int) -> None:
         """`kubectl create`: a second submitter of the same attempt is refused."""

@@ -12,8 +12,10 @@ from typing import Any
 from . import env_files
 from .attempts import Attempt, ClusterError
 from .config import Run
-from .ray_jobs import require_env
+from .ray_jobs import is_job_server, require_env
 from .state import StateDirectory
+from .steps import gpus_here
+from .training import Nodes
 
 
 class Local(StateDirectory):
@@ -47,6 +49,10 @@ class Local(StateDirectory):
         sent = {"id": f"{run.name}-{attempt}", "entrypoint": run.entrypoint, "directory": str(place)}
         return json.dumps(sent | {"cwd": run.working_dir or os.getcwd(), "env": list(run.env)}, indent=2)
 
+    def nodes(self, run: Run) -> Nodes:
+        """This machine."""
+        return [(os.cpu_count() or 1, len(gpus_here()))]
+
     def start(self, run: Run, attempt: int) -> None:
         """See `Backend`."""
         require_env(run)
@@ -56,6 +62,8 @@ class Local(StateDirectory):
             "PYTHONPATH": os.pathsep.join(filter(None, [ours, os.environ.get("PYTHONPATH")]))
         }
         environment |= env_files.variable(run.env_files)
+        if is_job_server(environment.get("RAY_ADDRESS", "")):
+            del environment["RAY_ADDRESS"]  # where jobs are submitted, which no Ray here could join
         command = [
             sys.executable,
             "-m",

@@ -18,32 +18,40 @@ from itertools import pairwise
 from typing import Any
 
 from . import env_files
-from .attempts import ClusterError
+from .attempts import ClusterError, backend
 from .config import ConfigError, Run
 from .ray_jobs import RayJobs
 from .steps import is_harvest
+from .training import Nodes
 
 Check = dict[str, Any]
 _MARK = "PREFLIGHT "
 _NODES_S = 300  # for all nodes together, which work side by side
+_RAY_TRAIN = ("ray", "torch", "pandas", "pydantic", "tensorboardX")
+"""What ranks import."""
 
 
-def preflight(run: Run, backend: str) -> Iterator[Check]:
+def preflight(run: Run, where: str) -> Iterator[Check]:
     """Checks as {"where", "check", "ok", "found", "fix"}, as they are made.
 
     Raises:
         ConfigError: the run cannot be checked as written.
     """
     check_command(run)
-    if backend == "ray":
+    if where == "ray":
         yield from _of_ray(run)
         return
-    if backend == "kuberay":
+    if where == "kuberay":
         yield from _of_kuberay(run)
-    elif backend == "slurm":
+    elif where == "slurm":
         for name in ("sbatch", "squeue", "scancel", "scontrol"):
             yield _program("login node", name, "submit from a login node of the Slurm cluster")
-    yield from _here(run, gpus=run.workers.gpus if backend == "local" else 0)
+    yield from _here(run, gpus=run.workers.gpus if where == "local" else 0)
+    if run.trainings():
+        yield from _ranks(run, backend(where).nodes(run), shared=where == "local")
+        if where != "kuberay":  # its image is not looked into
+            python = sys.executable if run.python == "python" else run.python
+            yield ray_train("this machine" if where == "local" else "login node", python)
 
 
 def _one(where: str, name: str, ok: bool, found: str, fix: str = "") -> Check:
@@ -82,6 +90,34 @@ def check_command(run: Run) -> list[str]:
     return [run.python, "-m", "actcache", "check", root, *options, "--json"]
 
 
+def _ranks(run: Run, nodes: Nodes, shared: bool = False) -> Iterator[Check]:
+    """Whether there is room for the ranks of each training; `shared`: they may share CPUs."""
+    for name, ranks in run.trainings().items():
+        roomy = [(max(cpus, ranks.most * ranks.cpus), gpus) for cpus, gpus in nodes] if shared else nodes
+        fix = "start more nodes, wait for the autoscaler, or lower workers, cpus or gpus in [train]"
+        ok, enough = ranks.room(roomy) >= ranks.least, ranks.room(nodes) >= ranks.least
+        found = ranks.beside(nodes) + ("; on one machine they may share CPUs" if ok and not enough else "")
+        yield _one("cluster", f"ranks of {name}", ok, found, fix)
+
+
+def ray_train(where: str, python: str) -> Check:
+    """Whether that interpreter of this machine has what ranks import."""
+    code = (
+        f"from importlib.util import find_spec\nprint(*(n for n in {_RAY_TRAIN!r} if find_spec(n) is None))"
+    )
+    fix = f"pip install 'ray[train]' torch for {python}, with the Ray of the cluster, or use an image that has them"
+    try:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    except OSError as err:
+        return _one(where, "ray[train]", False, f"{python}: {err.strerror}", fix)
+    if done.returncode:
+        found = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return _one(where, "ray[train]", False, found, fix)
+    lacking = done.stdout.split()
+    found = f"lacks {', '.join(lacking)}" if lacking else "has all that ranks import"
+    return _one(where, "ray[train]", not lacking, found, fix)
+
+
 def _here(run: Run, gpus: int) -> Iterator[Check]:
     local = replace(run, python=sys.executable)
     yield from _checked("this machine", [*check_command(local), "--gpus", str(gpus)])
@@ -114,10 +150,16 @@ def _of_ray(run: Run) -> Iterator[Check]:
     )
     told = {"command": check_command(run), "workers": run.workers.count, "gpus": run.workers.gpus}
     told["env_files"] = dict(run.env_files)  # read on each node, to name those that lack a file
+    told["ranks"] = bool(run.trainings())
     command = ("python", "-m", "cluster.preflight", json.dumps(told | {"python": platform.python_version()}))
-    job = replace(run, name=f"{run.name[:29]}-preflight", command=command, steps=(), num_cpus=0, num_gpus=0)
-    job = replace(job, env_files={})
+    job = replace(run, name=f"{run.name[:29]}-preflight", command=command, steps=(), train=None)
+    job = replace(job, num_cpus=0, num_gpus=0, env_files={})
     yield from _job(jobs, job)
+    if run.trainings():
+        try:
+            yield from _ranks(run, jobs.nodes(run))
+        except ClusterError as err:
+            yield _one("cluster", "ranks", False, err.found, err.fix or "look at dashboard.log of the head")
 
 
 def _job(jobs: RayJobs, job: Run) -> Iterator[Check]:
@@ -186,9 +228,9 @@ def _of_kuberay(run: Run) -> Iterator[Check]:
             )
         except ClusterError as err:
             yield _one("Kubernetes", "secret", False, str(err), fix)
-    yield _one(
-        "image", "Ray version", True, f"{run.image} must have Ray {version}, as this machine; not looked into"
-    )
+    needed = " and ray[train]" if run.trainings() else ""
+    said = f"{run.image} must have Ray {version}, as this machine{needed}; not looked into"
+    yield _one("image", "Ray version", True, said)
 
 
 def _nodes(told: dict[str, Any]) -> Iterator[Check]:
@@ -203,7 +245,8 @@ def _nodes(told: dict[str, Any]) -> Iterator[Check]:
         env_files.load()
         fix = "put the file there (a secret that the nodes mount), or correct env_files in RUN.toml"
         missing = [_one("", "env_files", False, found, fix) for found in env_files.troubles()]
-        return [*_checked("", command), *missing]
+        ranks = [ray_train("", command[0])] if told["ranks"] else []
+        return [*_checked("", command), *ranks, *missing]
 
     asked = {}
     for node in nodes:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .steps import is_harvest, read_records
+from .training import is_training, run_directory
 
 Step = dict[str, Any]
 _UNASKED = "only harvests, training and the steps of a pipeline leave what says how far they are"
@@ -19,14 +20,14 @@ _QUICK = [
     "--storage-option",
     'actcache_retry={"deadline_s": 10}',
 ]  # a person waits; harvests themselves wait longer
-_TRAIN = ["-m", "sae", "train"]
 
 
 def progress(run: Mapping[str, Any], python: str = sys.executable) -> list[Step]:
     """A dict for each step of a run, as `Run.as_json` gives it.
 
     `state` is done, partial, missing, failed, running or unknown. Harvests and training also have rows_done,
-    rows_wanted, rate_rows_per_s and eta_s; harvests blocks_done, blocks_wanted, blocks_missing, quarantined.
+    rows_wanted, rate_rows_per_s and eta_s; harvests blocks_done, blocks_wanted, blocks_missing, quarantined; training
+    with ranks world_size, spread and stall_by_rank.
 
     Args:
         run: its name, root and steps.
@@ -40,7 +41,7 @@ def progress(run: Mapping[str, Any], python: str = sys.executable) -> list[Step]
             records = read_records(run["root"], run["name"], quick=True)
         except Exception as err:  # whatever a file system raises; status goes on with the rest
             trouble = f"its records under {run['root']} cannot be read: {err}"
-    runs = {s["name"]: out for s in run["steps"] if (out := _run_directory(s["command"])) is not None}
+    runs = {s["name"]: out for s in run["steps"] if (out := run_directory(s["command"])) is not None}
     trained = _trained(list(runs.values()), run["steps"], python)
     found = []
     for step in run["steps"]:
@@ -64,19 +65,6 @@ def progress(run: Mapping[str, Any], python: str = sys.executable) -> list[Step]
 
 def _after(command: Sequence[str], word: str) -> list[str]:
     return list(command[list(command).index(word) + 1 :])
-
-
-def _run_directory(command: Sequence[str]) -> str | None:
-    """--out of `python -m sae train`; None if it is another command, or its file says it."""
-    words = list(command)
-    if words[1:4] != _TRAIN:
-        return None
-    for i, word in enumerate(words):
-        if word == "--out" and i + 1 < len(words):
-            return words[i + 1]
-        if word.startswith("--out="):
-            return word.partition("=")[2]
-    return None
 
 
 def _ask(command: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
@@ -104,7 +92,7 @@ def _trained(runs: Sequence[str], steps: Sequence[Step], python: str) -> dict[st
     options = [
         word
         for step in steps
-        if step["command"][1:4] == _TRAIN
+        if is_training(step["command"])
         for first, second in zip(step["command"], step["command"][1:], strict=False)
         if first == "--storage-option"
         for word in (first, second)

@@ -20,12 +20,14 @@ from . import env_files
 from .attempts import Attempt, Backend, ClusterError, parse_id
 from .config import ConfigError, Run
 from .credentials import secret_variables
+from .training import Nodes
 
 _CONNECT_S, _ANSWER_S = 10.0, 30.0  # Ray's client would wait for ever
 _REACH = "give --address http://HOST:8265 of the head, forward that port, or start one: ray start --head"
 _SETTLE_S = 15  # the log's last line may come before the job's last state
 _LONGEST_DRAIN_S = 900  # of runs of which we know no drain_s: `stop NAME`; who is done sooner ends sooner
 _VERSION = "/api/version"
+_NODES = "/api/v0/nodes?detail=1&limit=10000"  # what `ray list nodes` asks
 _EXCLUDES = [".git", ".venv", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis"]
 
 
@@ -79,6 +81,14 @@ class RayJobs(Backend):
         sent = self._arguments(run, attempt)
         sent["runtime_env"]["env_vars"] |= dict.fromkeys(run.env, "<from the environment>")
         return json.dumps(sent, indent=2)
+
+    def nodes(self, run: Run) -> Nodes:
+        """Nodes that are there now; an autoscaler may add others."""
+        client = self.client
+        with _one_kind_of_error():
+            listed = client._do_request("GET", _NODES).json()["data"]["result"]["result"]
+        resources = [node["resources_total"] for node in listed if node["state"] == "ALIVE"]
+        return [(total.get("CPU", 0), total.get("GPU", 0)) for total in resources]
 
     def start(self, run: Run, attempt: int) -> None:
         """See `Backend`.

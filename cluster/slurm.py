@@ -18,6 +18,7 @@ from .config import ConfigError, Run
 from .ray_jobs import require_env
 from .state import StateDirectory
 from .steps import STOPPED
+from .training import Nodes
 
 _PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "RESIZING", "SUSPENDED")
 
@@ -32,7 +33,7 @@ def script(run: Run, place: Path) -> str:
         raise ConfigError(
             "working_dir is for the backends local and ray; install the code where slurm.setup finds it"
         )
-    options, workers = run.slurm, run.workers
+    options, workers, n_nodes = run.slurm, run.workers, len(run.nodes())
     read = "".join(
         f"{name}=$(cat {shlex.quote(path)}) || exit\nexport {name}\n" for name, path in run.env_files.items()
     )
@@ -40,7 +41,7 @@ def script(run: Run, place: Path) -> str:
     lines = {
         "job-name": place.name,
         "output": str(place / "log"),
-        "nodes": str(workers.count),
+        "nodes": str(n_nodes),
         "ntasks-per-node": "1",
         "cpus-per-task": str(workers.cpus),
         "mem": f"{workers.memory_gib}G",
@@ -89,8 +90,8 @@ rm -f "$PLACE/pid" "$PLACE/code"
 stopped=
 work=
 trap 'stopped=1; kill -TERM "$(cat "$PLACE/pid" 2> /dev/null || echo "$work")" 2> /dev/null' TERM
-srun --nodes={workers.count} --ntasks={workers.count} --wait=10 bash -c "$node" node \\
-    ray symmetric-run --address "$HEAD:6379" --min-nodes {workers.count}{gpus} -- \\
+srun --nodes={n_nodes} --ntasks={n_nodes} --wait=10 bash -c "$node" node \\
+    ray symmetric-run --address "$HEAD:6379" --min-nodes {n_nodes}{gpus} -- \\
     bash -c 'echo $$ > "$PLACE/pid"; exec "$@"' work env RAY_ADDRESS="$HEAD:6379" {run.entrypoint} &
 work=$!
 [ -z "$stopped" ] || kill -TERM "$work"
@@ -127,6 +128,10 @@ class SlurmJobs(StateDirectory):
         """The script."""
         require_env(run)
         return script(run, self._directory / f"{run.name}-{attempt}")
+
+    def nodes(self, run: Run) -> Nodes:
+        """The nodes of the allocation."""
+        return run.nodes()
 
     def start(self, run: Run, attempt: int) -> None:
         """See `Backend`."""

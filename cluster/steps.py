@@ -1,7 +1,7 @@
 """`python -m cluster.steps JSON`: run the steps of a run in the order of their needs; it is what backends start.
 
 A step is a command line. With a Ray cluster (RAY_ADDRESS) each runs in an actor that reserves its resources, else as a
-child of this process on what this machine has. A step that has ended well is not run again, unless its command or what it
+child of this process on what this machine has. Ranks of a training reserve their own. A step that has ended well is not run again, unless its command or what it
 needs has changed; harvests are asked each time, since they know best. Records lie at <root>/_runs/<run>.json: one
 process writes them. A failed step keeps what needs it from starting; the others go on. SIGTERM is passed on once.
 """
@@ -25,6 +25,7 @@ from typing import Any, Protocol
 from . import env_files
 from .config import DATA_OF
 from .credentials import scrub
+from .training import ranks_of, resources, without_ranks
 
 POLL_S = 0.1
 STARTS = 3
@@ -86,27 +87,47 @@ class Here:
 
     def __init__(self) -> None:
         self._cpus = float(os.cpu_count() or 1)
-        self._gpus = _gpus_here()
+        self._gpus = gpus_here()
         self._held: dict[str, tuple[float, list[str]]] = {}
 
     def start(self, step: Mapping[str, Any]) -> Running | None:
-        """The step under way; None if there is no room now."""
-        n_gpus = -int(-step["num_gpus"] // 1)
-        total_gpus = len(self._gpus) + sum(len(gpus) for _, gpus in self._held.values())
-        total_cpus = self._cpus + sum(cpus for cpus, _ in self._held.values())
-        if n_gpus > total_gpus or step["num_cpus"] > total_cpus:
-            raise StepError(
-                f"step {step['name']} reserves {step['num_cpus']:g} CPUs and {n_gpus} GPUs; this machine has "
-                f"{total_cpus:g} and {total_gpus}. Lower num_cpus and num_gpus"
-            )
-        if n_gpus > len(self._gpus) or step["num_cpus"] > self._cpus:
+        """The step under way; None if there is no room now.
+
+        Raises:
+            StepError: there will never be room.
+        """
+        cpus, n_gpus = self._taken(step)
+        if n_gpus > len(self._gpus) or cpus > self._cpus:
             return None
         gpus = self._gpus[:n_gpus]
         process = Process(step["command"], {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
         del self._gpus[:n_gpus]
-        self._cpus -= step["num_cpus"]
-        self._held[step["name"]] = (step["num_cpus"], gpus)
+        self._cpus -= cpus
+        self._held[step["name"]] = (cpus, gpus)
         return process
+
+    def _taken(self, step: Mapping[str, Any]) -> tuple[float, int]:
+        """CPUs and GPUs that the step takes from this machine.
+
+        Ranks, which a Ray of their own starts here, get as many GPUs as there are; they may share CPUs.
+        """
+        gpus = len(self._gpus) + sum(len(gpus) for _, gpus in self._held.values())
+        cpus = self._cpus + sum(cpus for cpus, _ in self._held.values())
+        ranks = ranks_of(step["command"])
+        if ranks is None:
+            n_cpus, n_gpus = step["num_cpus"], -int(-step["num_gpus"] // 1)
+            if n_gpus > gpus or n_cpus > cpus:
+                raise StepError(
+                    f"step {step['name']} reserves {n_cpus:g} CPUs and {n_gpus} GPUs; this machine has "
+                    f"{cpus:g} and {gpus}. Lower num_cpus and num_gpus"
+                )
+            return n_cpus, n_gpus
+        if ranks.least * ranks.gpus > gpus:
+            raise StepError(
+                f"step {step['name']} trains on {ranks}; this machine has {resources(cpus, gpus)}. Lower workers or gpus"
+            )
+        n = min(ranks.most, gpus) if ranks.gpus else ranks.most
+        return min(n * ranks.cpus, cpus), n * ranks.gpus
 
     def release(self, name: str) -> None:
         cpus, gpus = self._held.pop(name)
@@ -114,7 +135,8 @@ class Here:
         self._gpus += gpus
 
 
-def _gpus_here() -> list[str]:
+def gpus_here() -> list[str]:
+    """Names of this machine's GPUs, as CUDA_VISIBLE_DEVICES has them."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
     program = shutil.which("nvidia-smi")
@@ -279,8 +301,8 @@ class Runner:
         step = self._steps[name]
         try:
             command = [DATA_OF.sub(lambda m: self._url(m[1]), word) for word in step["command"]]
-            needed = [self._digests[need] for need in step["needs"]]
-            self._digests[name] = hashlib.sha256(json.dumps([command, needed]).encode()).hexdigest()
+            what = [without_ranks(command), [self._digests[need] for need in step["needs"]]]
+            self._digests[name] = hashlib.sha256(json.dumps(what).encode()).hexdigest()
             record = self._records.steps.get(name, {}) if self._records else {}
             if (record.get("state"), record.get("digest")) == (
                 "done",

@@ -107,7 +107,7 @@ def _line(attempt: Attempt, width: int) -> str:
 
 
 def of_steps(steps: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each step with how far it is, and under it what belongs to it: rate, errors, blocks set aside, URL."""
+    """A line for each step with how far it is, and under it what belongs to it: rate, ranks, errors, blocks set aside."""
     width = max(len(step["step"]) for step in steps)
     lines = []
     for step in steps:
@@ -129,6 +129,8 @@ def _of_step(step: dict[str, Any]) -> list[str]:
             parts.append(f"{len(step['quarantined'])} set aside")
     if step["state"] == "partial" and step.get("rate_rows_per_s"):
         more.append(f"{step['rate_rows_per_s']:,.0f} rows/s, {_duration(step['eta_s'])} to go")
+    if step.get("world_size"):
+        more.append(_ranks(step))
     if step.get("error"):
         more.append(step["error"])
     if step.get("url"):
@@ -137,6 +139,16 @@ def _of_step(step: dict[str, Any]) -> list[str]:
         f"set aside: {b['split']} block {b['block']}: {b['error']}" for b in step.get("quarantined") or ()
     ]
     return ["  ".join(parts), *more]
+
+
+def _ranks(step: dict[str, Any]) -> str:
+    """Ranks of a training, and the one that waits for rows the largest share of its time."""
+    stalls = step["stall_by_rank"]
+    line = f"{step['world_size']} rank{'' if step['world_size'] == 1 else 's'} by {step['spread']}"
+    if not stalls:
+        return line
+    slowest = stalls.index(max(stalls))
+    return f"{line}, stall at most {stalls[slowest]:.1%} (rank {slowest})"
 
 
 def _duration(seconds: float) -> str:

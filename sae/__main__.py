@@ -183,6 +183,31 @@ def _run_options() -> list[click.Parameter]:
             "[default: cpu]",
         ),
         click.Option(
+            ["--workers"],
+            metavar="N",
+            help="Processes on the Ray cluster that RAY_ADDRESS names, else on this machine, e.g. 4; 2..8 begins with "
+            "at least 2 and takes up to 8 as they come. Default: this process, without Ray; or, under torchrun, its "
+            "processes.",
+        ),
+        click.Option(
+            ["--spread"],
+            metavar="WAY",
+            help="What the processes divide: latents, rows, saes (whole ones), or both of rows=2,latents=4. Default: saes "
+            "where there are as many as processes, else latents.",
+        ),
+        click.Option(
+            ["--gpus-per-worker"],
+            type=int,
+            metavar="N",
+            help="1: each worker has a GPU of its own. [default: 0]",
+        ),
+        click.Option(
+            ["--cpus-per-worker"],
+            type=int,
+            metavar="N",
+            help="CPUs that each worker reserves, and its threads. [default: 1]",
+        ),
+        click.Option(
             ["--log"],
             metavar="NAME,...",
             help="Curves for tensorboard, wandb or both, beside metrics.jsonl, in DIR/tensorboard and DIR/wandb. "
@@ -212,15 +237,22 @@ Examples:
       --sae topk:d_sae=6144,k=32,lr=1e-4 --sae topk:d_sae=6144,k=32,lr=3e-4 --sae topk:d_sae=6144,k=32,lr=1e-3
   python -m sae train --data acts/gpt2-ab12 --start runs/x/topk-24576-32 --lr 1e-5 --out runs/tuned
   python -m sae train --config run.toml --out s3://bucket/runs/y
+  python -m sae train --data s3://bucket/acts/gpt2-ab12 --d-sae 131072 --k 32 --out s3://bucket/runs/z \\
+      --workers 4 --gpus-per-worker 1
 
 Each SAE ends up in DIR/<arch>-<d_sae>-<k or coefficient>, with more where that is not enough to tell it
 from the others (topk-6144-32-lr0.0003): `sae.load` reads it, metrics.jsonl has its curves. Losses,
 coefficients and clip norm are of activations scaled as --input-scale says."""
 
 
+_RANKS = ("workers", "spread", "gpus_per_worker", "cpus_per_worker")
+"""Arguments of `sae.train` for several processes."""
+
+
 def _train(config: Path | None, storage_options: dict[str, Any], json: bool, **options: Any) -> None:
     import actcache
 
+    from .distributed import one_voice
     from .inputs import checked_device
     from .naming import run_names
     from .trackers import make_trackers
@@ -255,17 +287,20 @@ def _train(config: Path | None, storage_options: dict[str, Any], json: bool, **o
         metadata=False,
         rotated=settings.get("rotated", False),
     )
-    train(
-        stream,
-        list(saes),
-        training,
-        start=list(saes.values()),
-        out=out,
-        log=settings.get("log", ()),
-        storage_options=storage_options,
-        device=device,
-    )
-    _show_results(out, list(saes), training, storage_options, as_json=json)
+    with one_voice() as first:
+        train(
+            stream,
+            list(saes),
+            training,
+            start=list(saes.values()),
+            out=out,
+            log=settings.get("log", ()),
+            storage_options=storage_options,
+            device=device,
+            **{name: settings[name] for name in _RANKS if name in settings},
+        )
+    if first:
+        _show_results(out, list(saes), training, storage_options, as_json=json)
 
 
 def _settings(config: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,7 +310,7 @@ def _settings(config: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
     found = {"storage_options": {}, "training": {}} if config is None else read_file(config)
     found |= {
         name: given[name]
-        for name in ("data", "site", "out", "batch_size", "epochs", "rotated", "device")
+        for name in ("data", "site", "out", "batch_size", "epochs", "rotated", "device", *_RANKS)
         if name in given
     }
     if "log" in given:
@@ -398,6 +433,8 @@ def progress_command(runs: tuple[str, ...], as_json: bool, storage_options: dict
             parts.append(f"{format_count(found['rows_done'])}/{format_count(found['rows_wanted'])} rows")
         if found["rate_rows_per_s"]:
             parts.append(f"{format_count(found['rate_rows_per_s'])}/s  ETA {format_duration(found['eta_s'])}")
+        if found["world_size"]:
+            parts.append(f"{found['world_size']} ranks by {found['spread']}")
         click.echo("  ".join(parts))
 
 

@@ -13,13 +13,16 @@ from typing import Any
 
 from actcache.errors import Conflict, StoreError
 
-from .checkpoint import Checkpoints, PartInfo, StoredCheckpoint
+from .checkpoint import PartInfo, StoredCheckpoint
+from .checkpoint_folder import Checkpoints
 from .checkpoint_writer import CheckpointWriter
 from .core import SAE, load, parse_json
 from .files import run_files
 
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
 RUN_FORMAT = 1
+_OF_RANKS = ("world_size", "spread", "stall_by_rank")
+"""What metrics of several ranks have in addition."""
 _FREE = ("checkpoint_every_rows", "checkpoint_every_s")
 """Settings of `training` that change no number: a run may go on with others."""
 
@@ -48,7 +51,8 @@ class RunDirectory:
                 returned: changes nothing and ignores `resume`.
 
         Raises:
-            Conflict: it holds a run of other settings, or any run and `resume` is False.
+            Conflict: it holds a run of other settings, or any run and `resume` is False; or a checkpoint
+                without its settings.
             FormatError: its checkpoint is of another version.
             CorruptObject: its checkpoint is damaged.
             StoreError: this rank does not see the directory.
@@ -70,6 +74,11 @@ class RunDirectory:
         stored = self.checkpoints.newest()
         if not writer:
             return stored
+        if data is None and stored is not None:
+            raise Conflict(
+                f"{self.path} has a checkpoint but no {RUN_FILE}, so nobody knows its settings. Restore {RUN_FILE} from a "
+                f"copy, or remove {stored.where} to start again."
+            )
         if data is None:
             self.files.make(self.names)
             self._write_run(finished=False)
@@ -188,11 +197,13 @@ def progress_of(
 ) -> dict[str, Any]:
     """How far a run has come, as JSON: rows of its stored metrics, not of a process that may be running.
 
-    `state` is `missing`, `partial` or `finished`; the figures are None where no metrics are stored.
+    `state` is `missing`, `partial` or `finished`; the figures are None where no metrics are stored. Of several
+    ranks there are also `world_size`, what they share (`spread`), and `stall_by_rank`, the share of its time that
+    each has waited for rows; `rate_rows_per_s` is of all of them together.
     """
     files = run_files(location, storage_options)
     found: dict[str, Any] = {"path": str(location), "state": "missing"}
-    found |= dict.fromkeys(("saes", "rows_done", "rows_wanted", "rate_rows_per_s", "eta_s"))
+    found |= dict.fromkeys(("saes", "rows_done", "rows_wanted", "rate_rows_per_s", "eta_s", *_OF_RANKS))
     data = files.read(RUN_FILE)
     if data is None:
         return found
@@ -215,4 +226,5 @@ def progress_of(
         "rows_done": last["rows"],
         "rate_rows_per_s": rate,
         "eta_s": round(left / rate, 1) if rate else None,
+        **{name: last.get(name) for name in _OF_RANKS},
     }

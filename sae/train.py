@@ -25,6 +25,7 @@ from actcache.progress import Progress
 from .architectures import Architecture
 from .checkpoint import StoredCheckpoint
 from .core import SAE
+from .curves import bar_figures, metrics_line, numbers
 from .divergence import NonFiniteLoss, non_finite
 from .group import Share
 from .inputs import Inputs, centre, checked_device, resolve_site
@@ -35,7 +36,7 @@ from .naming import check_distinct, run_names
 from .pace import Pace
 from .provenance import run_description, sae_settings
 from .rundir import METRICS_FILE, RunDirectory
-from .rungs import SCORE, Rungs
+from .rungs import Rungs
 from .spread import Layout
 from .step import Outcome
 from .streams import Batch, Stream, resumed
@@ -58,11 +59,18 @@ def train(
     log: Sequence[str] = (),
     storage_options: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
+    workers: int | tuple[int, int] | str | None = None,
+    spread: str | None = None,
+    gpus_per_worker: float = 0,
+    cpus_per_worker: float = 1,
 ) -> list[SAE]:
     """Trained SAEs, in the order of `configs`; the data are read once for all of them.
 
     With `out`, everything is kept there: an interrupted run continues where its last checkpoint
     was, to the same bits on the same machine, and a finished one is returned at once.
+
+    Several processes train together, to the same result but for rounding, with `workers`, on a Ray cluster,
+    or where torchrun started this one; then the SAEs come back on rank 0, and the others get an empty list.
 
     Args:
         stream: batches, from `ds.stream(...)` or `sae.ArrayStream`. Of rows in rotated coordinates
@@ -77,6 +85,12 @@ def train(
         storage_options: what fsspec needs for `out`; never stored.
         device: where to train, e.g. "cuda"; SAEs come back on the CPU. A run may go on elsewhere, then
             equal but for rounding.
+        workers: processes on the Ray cluster that is connected or named by RAY_ADDRESS, else on this machine:
+            4, or at least 2 and at most 8 as (2, 8) or "2..8". None trains in this process, without Ray.
+        spread: what the processes divide: "latents", "rows", whole "saes", or "rows=2,latents=4". None: whole
+            SAEs where there are as many as processes, else latents.
+        gpus_per_worker: 1 trains each worker on a GPU, 0 on the CPU.
+        cpus_per_worker: CPUs that each worker reserves, and its threads.
 
     Raises:
         SpecError: a site that the stream has not, a stream that ends too soon, or a `start` of
@@ -84,9 +98,29 @@ def train(
         Conflict: `out` holds a run of other settings; the message names the difference.
         NonFiniteLoss: training diverged, or the data hold inf or NaN. The last checkpoint is intact.
         StoreError: the disk refused. The last checkpoint is intact.
+        Drained: SIGTERM or Ctrl-C; the run is saved.
+        WorkerLost: workers crashed three times at one row. The last checkpoint is intact.
     """
+    from .distributed import started_by_torchrun, train_by_ranks
+
     listed = [configs] if isinstance(configs, Architecture) else list(configs)
     starts = list(start) if isinstance(start, Sequence) else [start] * len(listed)
+    if workers is not None or spread is not None or started_by_torchrun():
+        return train_by_ranks(
+            stream,
+            listed,
+            training,
+            starts,
+            out,
+            resume=resume,
+            log=log,
+            storage_options=storage_options,
+            device=device,
+            workers=workers,
+            spread=spread,
+            gpus_per_worker=gpus_per_worker,
+            cpus_per_worker=cpus_per_worker,
+        )
     trainer = Trainer(
         stream,
         listed,
@@ -249,10 +283,10 @@ class Trainer:
             outcomes = self._train_batch(batch, share, n)
             last = self.rows == self.training.n_rows
             rung = None if last else self.rungs.reached(self.rows - share.n_rows, self.rows)
-            shown = {}
+            figures = {}
             if (self.step - 1) % self.training.log_every == 0 or last or rung is not None:
-                shown = self._log(outcomes, share.n_rows)
-            progress.advance(share.n_rows, **shown)
+                figures = self._log(outcomes)
+            progress.advance(share.n_rows, **figures)
             if rung is not None and self._stop_worst(rung):
                 continue  # the ranks have met, and saved
             if self.keeper.due(self.step) or last:
@@ -333,15 +367,16 @@ class Trainer:
             raise failure
         self.keeper.failure = failure
 
-    def _log(self, outcomes: Mapping[int, Outcome], n: int) -> dict[str, str]:
+    def _log(self, outcomes: Mapping[int, Outcome]) -> dict[str, str]:
         """Append a line for every SAE; returns what the progress bar shows. Losses are of this batch."""
         rate, stall_share = self._pace.line(self.rows)
         speed: dict[str, Any] = {"rows_per_s": rate, "stall_share": stall_share}
         if self.layout.world > 1:
             stalls = [round(stall, 4) for stall in self.keeper.stalls]
-            speed |= {"world_size": self.layout.world, "stall_by_rank": stalls}
+            speed |= {"world_size": self.layout.world, "spread": str(self.layout.spread)}
+            speed["stall_by_rank"] = stalls
             speed["stall_share"] = max(stalls, default=speed["stall_share"])
-        own = {i: self._metrics(self.learners[i], outcome, n) | speed for i, outcome in outcomes.items()}
+        own = {i: self._metrics(self.learners[i], outcome) | speed for i, outcome in outcomes.items()}
         by_number = self.learners.told(None if self.keeper.failure is not None else own)
         self.rungs.add(by_number)
         if self.layout.rank or not by_number:
@@ -350,36 +385,15 @@ class Trainer:
         if self.directory is not None:
             self.directory.append_metrics(lines)
         for tracker in self.trackers:
-            tracker.log({name: _numbers(line) for name, line in lines.items()}, self.step)
-        shown = self._shown(list(lines.values()), speed)
+            tracker.log({name: numbers(line) for name, line in lines.items()}, self.step)
+        figures = bar_figures(list(lines.values()), speed)
         if self._tell is not None:
-            self._tell({"rows": self.rows, "shown": shown, **speed})
-        return shown
+            self._tell({"rows": self.rows, "shown": figures, **speed})
+        return figures
 
-    def _shown(self, lines: Sequence[Mapping[str, Any]], speed: Mapping[str, Any]) -> dict[str, str]:
-        """What the progress bar shows beside rows and rate."""
-        return {
-            "loss": _figures(lines, "loss", ".4g"),
-            "fvu": _figures(lines, "fvu", ".3f"),
-            "l0": _figures(lines, "l0", ".1f"),
-            "dead": _figures(lines, "dead", "d"),
-            "stall": f"{speed['stall_share']:.1%}",
-        }
-
-    def _metrics(self, learner: Learner, outcome: Outcome, n: int) -> dict[str, Any]:
-        variance = total_variance(self.inputs.stats[str(learner.config.site)]) * learner.scale**2
-        found = {
-            "step": self.step,
-            "rows": self.rows,
-            "loss": outcome.loss,
-            "l0": outcome.n_active / n,
-            "fvu": outcome.mse / variance if variance > 0 else 0.0,
-            "dead": learner.n_dead,
-            "lr": learner.rules.lr * learner.rules.lr_factor(self.rows - n, n),
-        }
-        if self.rungs:
-            found[SCORE] = found["fvu"] if learner.config.scored_by == "fvu" else outcome.objective
-        return found
+    def _metrics(self, learner: Learner, outcome: Outcome) -> dict[str, Any]:
+        variance = total_variance(self.inputs.stats[str(learner.config.site)])
+        return metrics_line(learner, outcome, variance, self.rows, self.step, scored=bool(self.rungs))
 
     def _finish(self) -> list[SAE]:
         """Save what was trained; rank 0 marks the run as finished when all of it is there."""
@@ -425,16 +439,3 @@ class Trainer:
         self.rows, self.step = stored.rows, stored.state["step"]
         self.keeper.saved_rows = self.rows
         self.stream = resumed(self.stream, stored.state["stream"], self.rows)
-
-
-def _figures(lines: Sequence[Mapping[str, Any]], name: str, form: str) -> str:
-    """`0.31/0.28`: of each SAE; `0.28..0.40` of more than four."""
-    values = [line[name] for line in lines]
-    if len(values) > 4:
-        return "..".join(format(value, form) for value in (min(values), max(values)))
-    return "/".join(format(value, form) for value in values)
-
-
-def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    """What a curve can be drawn of."""
-    return {name: value for name, value in line.items() if isinstance(value, int | float)}

@@ -4,6 +4,7 @@
 `ray.cluster_utils.Cluster`, which share an address.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -102,6 +103,18 @@ class RayCluster:
         [agent] = free_ports(1)
         self._start(name, [*options, f"--dashboard-agent-listen-port={agent}"], num_cpus, environment)
         return name
+
+    def wait_for_nodes(self, n, timeout_s=120):
+        """Until so many nodes have joined, the head among them; not with a token."""
+        url = f"{self.environment['RAY_API_SERVER_ADDRESS']}/nodes?view=summary"
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                found = json.load(answer)["data"]["summary"]
+            if sum(node["raylet"].get("state") == "ALIVE" for node in found) == n:
+                return
+            assert time.monotonic() < deadline, found
+            time.sleep(0.2)
 
     def _start(self, name, options, num_cpus, environment=None):
         directory = Path(self.directory, f"{name}-{time.monotonic_ns() % 10**6}")

@@ -18,9 +18,11 @@ def cli(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     environment |= {"XDG_STATE_HOME": str(tmp_path / "state")}
 
-    def call(*arguments):
+    def call(*arguments, **more):
         command = [sys.executable, "-m", "cluster", *map(str, arguments)]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            command, cwd=ROOT, env=environment | more, capture_output=True, text=True, timeout=60
+        )
 
     return call
 
@@ -80,6 +82,37 @@ def test_stop_drains_and_a_killed_run_is_known_as_failed(cli, tmp_path):
             found = json.loads(cli("status", path, "--json").stdout)
             assert found["status"] == "FAILED"
             assert "is gone without an exit code" in found["message"]
+
+
+TRAINING = """name = "job"
+backend = "local"
+root = "out"
+command = ["python", "-m", "sae", "train", "--data", "acts", "--out", "{root}/x"]
+[train]
+workers = 3
+"""
+
+
+def test_dry_run_of_a_training_shows_what_runs_and_what_it_takes(cli, tmp_path):
+    (tmp_path / "run.toml").write_text(TRAINING)
+    done = cli("submit", tmp_path / "run.toml", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    _, ranks, command = done.stdout.rstrip().rsplit("\n", 2)
+    n = os.cpu_count()
+    assert ranks.startswith(
+        f"ranks of job: 3 ranks of 1 CPU, 3 CPUs in all; room for {min(n, 3)} on 1 node with "
+    )
+    added = "--workers 3 --gpus-per-worker 0 --cpus-per-worker 1"
+    assert command == f"python -m sae train --data acts --out {tmp_path}/out/x {added}"
+
+
+@pytest.mark.parametrize(
+    ("address", "handed_on"), [("http://127.0.0.1:8265", None), ("127.0.0.1:6379", "127.0.0.1:6379")]
+)
+def test_the_address_of_a_job_server_is_not_handed_to_processes_here(cli, tmp_path, address, handed_on):
+    path = write_run(tmp_path, "import os; print(os.environ.get('RAY_ADDRESS'))")
+    done = cli("submit", path, "--follow", RAY_ADDRESS=address)
+    assert done.stdout.splitlines()[1] == str(handed_on), done.stderr
 
 
 def test_dry_run_writes_nothing_and_says_what_would_run(cli, tmp_path):

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 
 import pytest
 from ray_cluster import free_ports
@@ -14,7 +15,9 @@ from ray_cluster import free_ports
 from cluster import __main__ as command_line
 from cluster import ray_jobs
 from cluster.config import ConfigError, Run
-from cluster.preflight import _nodes, _unlike, check_command, preflight
+from cluster.preflight import _nodes, _ranks, _unlike, check_command, preflight, ray_train
+from cluster.ray_jobs import RayJobs
+from cluster.training import Train
 
 HARVEST = Run(name="job", command=("actcache", "harvest", "--root", "{root}"), root="/nowhere")
 
@@ -137,6 +140,61 @@ def test_another_ray_is_named_with_both_ways_out_and_a_server_that_takes_no_jobs
     assert job["fix"]
 
 
+TRAINING = Run(
+    name="job",
+    command=("python", "-m", "sae", "train", "--out", "x"),
+    train=Train(workers=3, cpus=2, gpus=1),
+)
+
+
+def test_room_for_ranks_is_counted_on_the_nodes_that_the_job_server_knows(monkeypatch):
+    nodes = [
+        {"state": "ALIVE", "resources_total": {"CPU": 8.0, "GPU": 1.0, "memory": 1e9}},
+        {"state": "ALIVE", "resources_total": {"CPU": 3.0, "GPU": 4.0}},
+        {"state": "ALIVE", "resources_total": {"memory": 1e9}},  # a head without work
+        {"state": "DEAD", "resources_total": {"CPU": 64.0, "GPU": 8.0}},
+    ]
+    listed = json.dumps({"result": True, "data": {"result": {"result": nodes}}})
+    answers = {"/api/version": (200, VERSION), ray_jobs._NODES: (200, listed)}
+    with web_server(answers) as url:
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", url)
+        found = RayJobs().nodes(TRAINING)
+    assert found == [(8, 1), (3, 4), (0, 0)]
+    [check] = _ranks(TRAINING, found)
+    assert (check["where"], check["check"], check["ok"]) == ("cluster", "ranks of job", False)
+    assert check["found"] == (
+        "3 ranks of 1 GPU and 2 CPUs, 3 GPUs and 6 CPUs in all; room for 2 on 3 nodes with 5 GPUs and 11 CPUs together"
+    )
+    assert check["fix"].startswith("start more nodes, wait for the autoscaler, or lower workers")
+    assert [c["ok"] for c in _ranks(TRAINING, [*found, (2, 1)])] == [True]
+
+
+def test_ranks_of_one_machine_may_share_cpus_but_not_gpus():
+    [check] = _ranks(TRAINING, [(2, 3)], shared=True)
+    assert check["ok"]
+    assert check["found"].endswith(
+        "room for 1 on 1 node with 3 GPUs and 2 CPUs; on one machine they may share CPUs"
+    )
+    [check] = _ranks(TRAINING, [(64, 2)], shared=True)
+    assert not check["ok"]
+
+
+def test_an_interpreter_that_lacks_what_ranks_import_is_named_with_what_it_lacks(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho pandas tensorboardX\n")
+    python.chmod(0o755)
+    found = ray_train("node 1", str(python))
+    assert (found["where"], found["check"], found["ok"]) == ("node 1", "ray[train]", False)
+    assert found["found"] == "lacks pandas, tensorboardX"
+    assert found["fix"].startswith(f"pip install 'ray[train]' torch for {python}")
+    assert ray_train("", "/nowhere/python")["found"] == "/nowhere/python: No such file or directory"
+    assert ray_train("", "/bin/false")["found"] == "exit code 1"
+    ours = [name for name in ("pandas", "pydantic", "tensorboardX") if find_spec(name) is None]
+    assert ray_train("", sys.executable)["found"] == (
+        f"lacks {', '.join(ours)}" if ours else "has all that ranks import"
+    )
+
+
 def test_a_machine_without_our_code_is_named():
     run = Run(name="job", command=("a",), root="/nowhere", python="/bin/false")
     with pytest.raises(ConfigError, match="put root in RUN.toml"):
@@ -160,7 +218,7 @@ def test_a_cluster_of_other_python_and_too_few_gpus_lacking_a_file(ray_session, 
         "command": [sys.executable, "-m", "actcache", "check", str(tmp_path), "--json"],
         "python": "3.9.1",
     }
-    told |= {"workers": 2, "gpus": 4096, "env_files": {"HF_TOKEN": str(tmp_path / "none")}}
+    told |= {"workers": 2, "gpus": 4096, "env_files": {"HF_TOKEN": str(tmp_path / "none")}, "ranks": False}
     checks = list(_nodes(told))
     found = failures(checks)
     assert found["GPUs"]["found"].endswith("of 8192 wanted")

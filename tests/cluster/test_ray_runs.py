@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import fsspec
@@ -268,7 +267,7 @@ def test_a_node_that_dies_during_preflight_is_named_and_the_others_are_still_che
     )
     path = write_run(tmp_path, "look", str(tmp_path / "acts"), *HARVEST)
     dying = cluster.add_node(PYTHONPATH=f"{slow}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    wait_for_nodes(cluster, 2)
+    cluster.wait_for_nodes(2)
     asked = subprocess.Popen(
         [sys.executable, "-m", "cluster", "preflight", str(path), "--json"],
         cwd=ROOT,
@@ -291,18 +290,6 @@ def test_a_node_that_dies_during_preflight_is_named_and_the_others_are_still_che
     others = {c["check"] for c in checks if c["where"].startswith("node") and c["where"] != dead["where"]}
     assert others >= {"put", "delete", "GPUs"}
     assert (asked.returncode, err) == (1, f"error: 1 of {len(checks)} checks failed: reached\n")
-
-
-def wait_for_nodes(cluster, n, timeout_s=120):
-    deadline = time.monotonic() + timeout_s
-    url = f"{cluster.environment['RAY_API_SERVER_ADDRESS']}/nodes?view=summary"
-    while True:
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            found = json.load(answer)["data"]["summary"]
-        if sum(node["raylet"].get("state") == "ALIVE" for node in found) == n:
-            return
-        assert time.monotonic() < deadline, found
-        time.sleep(0.2)
 
 
 def preflight_of(cluster, path, n_nodes, timeout_s=120):

@@ -144,6 +144,56 @@ def test_steps_that_do_not_fit_together_wait_for_each_other(tmp_path):
     assert log.read_text() == "()()()"
 
 
+@pytest.fixture
+def training(tmp_path):
+    """A step `PYTHON -m sae train ...`, whose PYTHON writes down its arguments and GPUs, and trains nothing."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" GPUs $CUDA_VISIBLE_DEVICES >> {tmp_path}/log\n')
+    python.chmod(0o755)
+
+    def training(*options, name="train"):
+        command = [str(python), "-m", "sae", "train", "--out", "x", *options]
+        return {"name": name, "command": command, "needs": [], "num_cpus": 0, "num_gpus": 0}
+
+    return training
+
+
+def test_another_number_of_ranks_is_no_reason_to_train_again(tmp_path, training):
+    after = step("after", append(tmp_path / "log", "evaluated\n"), "train")
+    for ranks in ((), ("--workers", "2"), ("--workers", "1..3", "--spread=rows", "--cpus-per-worker", "4")):
+        assert finish(tmp_path, training(*ranks), after)[0] == 0
+    assert (tmp_path / "log").read_text() == "-m sae train --out x GPUs\nevaluated\n"
+    assert finish(tmp_path, training("--workers", "2", "--lr", "1"), after)[0] == 0
+    assert (tmp_path / "log").read_text().count("evaluated") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        (("--workers", "2", "--gpus-per-worker", "1"), "GPUs 5,7\n"),
+        (("--workers", "2..9", "--gpus-per-worker=1"), "GPUs 5,7,9\n"),
+        (("--workers", "64", "--cpus-per-worker", "64"), "GPUs 5,7,9\n"),  # ranks may share CPUs
+    ],
+)
+def test_ranks_on_this_machine_get_gpus_of_their_own(tmp_path, training, monkeypatch, options, found):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,9")
+    assert finish(tmp_path, training(*options))[0] == 0
+    assert (tmp_path / "log").read_text().endswith(found)
+
+
+def test_more_gpus_than_the_machine_has_are_refused_before_the_training_starts(
+    tmp_path, training, monkeypatch
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,9")
+    code, out = finish(tmp_path, training("--workers", "4..8", "--gpus-per-worker", "1"))
+    assert code == 1
+    assert (
+        "step train trains on 4 to 8 ranks of 1 GPU and 1 CPU, at least 4 GPUs and 4 CPUs in all; this machine"
+        in out
+    )
+    assert not (tmp_path / "log").exists()
+
+
 def test_the_url_of_what_is_no_harvest_is_an_error(tmp_path):
     wrong = step("b", "pass", "a")
     wrong["command"] = [*wrong["command"], "{data:a}"]

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster import terminal
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -133,6 +135,29 @@ def test_lists_and_status_keep_to_the_width(environment, tmp_path):
         assert first.startswith("job-1  SUCCEEDED")
         assert first.endswith(" ...")
         assert len(first) < 80
+
+
+RANKS = {"world_size": 4, "spread": "rows=2,latents=2", "stall_by_rank": [0.01, 0.031, 1.0, 0.3]}
+TRAINED = {
+    "step": "train-all-of-it",
+    "state": "partial",
+    "rows_done": 920_000_000,
+    "rows_wanted": 2_000_000_000,
+    "rate_rows_per_s": 51_234.1,
+    "eta_s": 21_080.2,
+}
+
+
+def test_a_training_shows_its_ranks_their_rate_together_and_the_slowest_within_80_columns():
+    lines = terminal.of_steps([TRAINED | RANKS])
+    assert lines == [
+        "train-all-of-it  partial    46% of 2,000,000,000 rows",
+        "                 51,234 rows/s, 5:51:20 to go",
+        "                 4 ranks by rows=2,latents=2, stall at most 100.0% (rank 2)",
+    ]
+    assert max(map(len, lines)) < 80
+    told = dict.fromkeys(RANKS)  # one process
+    assert len(terminal.of_steps([TRAINED | told])) == 2
 
 
 @pytest.mark.parametrize("command", ["", "submit", "status", "logs", "stop", "list", "preflight"])

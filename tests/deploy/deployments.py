@@ -4,14 +4,19 @@ import gzip
 import json
 import re
 import shlex
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from cluster.config import Run, read_run
+
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 KUBERAY = sorted((DEPLOY / "kuberay").glob("ray*.yaml"))
+RUNS = sorted(DEPLOY.glob("*/*.toml"))
+"""What `python -m cluster submit` takes."""
 
 
 def document(path: Path) -> dict[str, Any]:
@@ -79,6 +84,12 @@ def commands() -> dict[str, list[str]]:
         for i, line in enumerate(text.replace("\\\n", " ").splitlines()):
             if words := _ours(line):
                 found[f"{path.name}:{i}"] = words
+    for path, run in runs().items():
+        for step in run.all_steps:
+            words = run.program(step.command)
+            if words[1:4] == ["-m", "sae", "report"]:
+                words[4] = str(ROOT)  # it wants a directory that is there
+            found[f"{path}: {step.name}"] = words
     text = (DEPLOY / "slurm/harvest.sbatch").read_text()
     what, how = (re.search(rf"^{name}=\((.*?)^\)", text, re.M | re.S) for name in ("WHAT", "HOW"))
     assert what is not None
@@ -86,6 +97,17 @@ def commands() -> dict[str, list[str]]:
     arrays = [shlex.split(_plain(array.group(1))) for array in (what, how)]
     found["harvest.sbatch, harvest"] = ["actcache", "harvest", *arrays[0], *arrays[1]]
     found["harvest.sbatch, plan"] = ["actcache", "plan", *arrays[0], "--json"]
+    return found
+
+
+def runs() -> dict[str, Run]:
+    """By where it stands: each RUN.toml in deploy/ and in docs/cluster.md."""
+    found = {str(path.relative_to(ROOT)): read_run(path) for path in RUNS}
+    page = (ROOT / "docs/cluster.md").read_text()
+    with tempfile.TemporaryDirectory() as directory:
+        for i, text in enumerate(re.findall(r"^```toml\n(.*?)^```", page, re.M | re.S)):
+            (Path(directory) / "run.toml").write_text(text)
+            found[f"docs/cluster.md, block {i}"] = read_run(Path(directory) / "run.toml")
     return found
 
 

@@ -13,9 +13,13 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from deployments import DEPLOY, KUBERAY, ROOT, blocks, cluster_spec, commands, document, strict_schema
+from deployments import DEPLOY, KUBERAY, ROOT, blocks, cluster_spec, commands, document, runs, strict_schema
 
 from actcache.metrics import COUNTERS, GAUGES
+from cluster.config import read_run
+from cluster.kuberay import manifest
+from cluster.steps import is_harvest
+from sae.spread import spread_of
 
 RAY = next(
     line.partition("==")[2].strip()
@@ -167,6 +171,32 @@ def test_every_command_is_one_that_the_command_lines_parse():
             group.get_command(None, arguments[0]).make_context(arguments[0], arguments[1:])
         except Exception as err:
             pytest.fail(f"{place}: {program} {arguments}: {err}")
+
+
+def test_a_harvest_and_a_distributed_training_are_one_run_on_ray_and_on_kuberay():
+    found = runs()
+    for place in ("deploy/ray/train.toml", "deploy/kuberay/train.toml", "docs/cluster.md, block 0"):
+        run = found[place]
+        harvest, train, evaluation, *_ = run.all_steps
+        assert is_harvest(run.program(harvest.command)), place
+        assert list(run.trainings()) == [train.name], place
+        assert train.needs == (harvest.name,)
+        assert evaluation.needs == (train.name,)
+        assert spread_of(run.train.spread, run.trainings()[train.name].most, 1 if run.train.spread else 4)
+
+
+def test_the_rayjob_of_kuberays_run_holds_the_schema_the_rules_and_all_ranks_at_once():
+    run = read_run(DEPLOY / "kuberay/train.toml")
+    made = json.loads(json.dumps(manifest(run, 1)))
+    assert _schema_errors(made) == []
+    assert problems_of(made) == []
+    [group] = cluster_spec(made)["workerGroupSpecs"]
+    [container] = group["template"]["spec"]["containers"]
+    limits = container["resources"]["limits"]
+    pods = [(float(limits["cpu"]), float(limits["nvidia.com/gpu"]))] * group["replicas"]
+    [ranks] = run.trainings().values()
+    assert ranks.room(pods) == ranks.most
+    assert 60 <= group["template"]["spec"]["terminationGracePeriodSeconds"] <= 120
 
 
 def test_every_ray_command_of_the_pages_is_one_that_rays_command_line_parses():

@@ -21,6 +21,15 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 
     The function is one of a module, and its arguments and results pickle.
     """
+    found = []
+    for rank, (value, error, _) in enumerate(ends_of(world, function, *args)):
+        assert error is None, f"rank {rank} of {world}: {error}"
+        found.append(value)
+    return found
+
+
+def ends_of(world: int, function: Callable[..., Any], *args: Any) -> list[tuple[Any, str | None, int]]:
+    """(what it returned, its traceback, exit code) of each rank; a rank that was killed has the code of the signal."""
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world):
@@ -34,14 +43,14 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             processes.append(process)
         found = []
         try:
-            for rank, pipe in enumerate(pipes):
+            for rank, (pipe, process) in enumerate(zip(pipes, processes, strict=True)):
                 assert pipe.poll(_TIMEOUT_S), f"rank {rank} of {world} has not ended"
                 try:
                     value, error = pickle.loads(pipe.recv_bytes())
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     value, error = None, "it died"
-                assert error is None, f"rank {rank} of {world}: {error}"
-                found.append(value)
+                process.join(_TIMEOUT_S)
+                found.append((value, error, process.exitcode))
         finally:
             for process in processes:
                 process.join(5)

@@ -93,6 +93,19 @@ def test_how_often_checkpoints_are_made_makes_no_other_run_and_everything_else_d
         RunDirectory(tmp_path, ["a", "b"], longer).open(resume=True)
 
 
+def test_a_checkpoint_without_its_settings_is_not_gone_on_with(tmp_path: Path) -> None:
+    directory = _directory(tmp_path)
+    directory.open(resume=True)
+    _checkpoint(directory, 100)
+    (tmp_path / "run.json").unlink()
+    before = _files(tmp_path)
+    with pytest.raises(
+        Conflict, match=r"has a checkpoint but no run.json.*or remove .*/checkpoints/0+100 to"
+    ):
+        _directory(tmp_path).open(resume=True)
+    assert _files(tmp_path) == before
+
+
 def test_a_run_that_was_killed_as_it_removed_its_checkpoints_is_finished_and_they_go(tmp_path: Path) -> None:
     stream = sae.ArrayStream(np.random.default_rng(0).normal(size=(100, 6)).astype(np.float32))
     training = sae.Training(n_rows=100)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import sae
 from actcache.errors import Drained
 from sae.architectures import Architecture
-from sae.checkpoint import Checkpoints
+from sae.checkpoint_folder import Checkpoints
 from sae.files import run_files
 from sae.rundir import RunDirectory, progress_of
 from sae.rungs import Rungs, rivals

@@ -15,6 +15,7 @@ import torch
 import sae
 from actcache.errors import Drained, RankFailed, SpecError
 from sae.group import ALONE
+from sae.rundir import progress_of
 from sae.spread import Layout, Spread, spread_of
 from sae.train import NonFiniteLoss, Trainer
 
@@ -164,6 +165,15 @@ def test_at_the_same_world_size_a_resumed_run_equals_the_straight_one_to_the_bit
 def test_one_rank_that_is_asked_to_stop_saves_the_run_on_all(straight, tmp_path):
     stopped = ranks.on_ranks(2, _run_asked, "latents", str(tmp_path), 3500)
     assert all(rank["error"].startswith("Drained: stopped after 4,000 rows, saved in") for rank in stopped)
+    far = progress_of(tmp_path)
+    assert (far["state"], far["rows_wanted"], far["world_size"], far["spread"]) == (
+        "partial",
+        6150,
+        2,
+        "latents",
+    )
+    assert far["rows_done"] <= 4000
+    assert len(far["stall_by_rank"]) == 2
     resumed = ranks.on_ranks(2, _run, "latents", str(tmp_path))
     assert resumed[0]["begun_at"] == 4000
     _close(straight, tmp_path, 1e-4)
