@@ -61,12 +61,18 @@ class Checkpoints:
                 f"this version reads format {FORMAT}. Train into a new directory."
             )
         self._known = {rows for key in keys if (rows := _rows_of_done(key)) is not None}
-        if self.rows is None:
-            return None
-        key = f"{folder_of(self.rows)}/{DONE_FILE}"
-        where, data = f"{self.store.url}/{key}", self.store.read(key)
-        rows, state, files = parse_done(where, data)
-        return StoredCheckpoint(self.store, rows, state, files)
+        return None if self.rows is None else self.at(self.rows)
+
+    def at(self, rows: int) -> StoredCheckpoint:
+        """The complete checkpoint after `rows` rows.
+
+        Raises:
+            FileNotFoundError: there is none.
+            FormatError, CorruptObject: as `newest`.
+        """
+        key = f"{folder_of(rows)}/{DONE_FILE}"
+        stored_rows, state, files = parse_done(f"{self.store.url}/{key}", self.store.read(key))
+        return StoredCheckpoint(self.store, stored_rows, state, files)
 
     def complete(self, rows: int, state: Mapping[str, Any], parts: Sequence[PartInfo]) -> None:
         """Make the parts of all ranks a checkpoint, then remove older ones and what dead attempts left.

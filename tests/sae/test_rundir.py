@@ -45,9 +45,9 @@ def test_other_ranks_find_what_the_writer_found_and_change_nothing(tmp_path: Pat
     writing = _directory(out)
     assert writing.open(resume=False) is None
     assert _directory(out).open(resume=False, writer=False) is None
-    writing.append_metrics([{"rows": 100}] * 2)
+    writing.append_metrics({name: {"rows": 100} for name in "ab"})
     _checkpoint(writing, 100)
-    writing.append_metrics([{"rows": 200}] * 2)
+    writing.append_metrics({name: {"rows": 200} for name in "ab"})
     before = _files(tmp_path)
     for directory, options in ((_directory(out), {"writer": False}), (_directory(out), {})):
         found = directory.open(resume=True, **options)
