@@ -8,6 +8,7 @@ starts the ranks.
 Shapes: N rows, D = d_in.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -29,6 +30,8 @@ from .architectures import Architecture, config_to_dict
 from .checkpoint import StoredCheckpoint
 from .checkpoint_writer import Piece
 from .core import SAE
+from .evals.during import EvalDuring
+from .evals.monitor import BackgroundProcess, EvalBy, Monitor, monitor_of
 from .group import Share
 from .keeper import Keeper, Stop
 from .learner import Learner, geometric_median
@@ -60,6 +63,7 @@ def train(
     log: Sequence[str] = (),
     storage_options: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
+    eval_every: EvalDuring | int | None = None,
 ) -> list[SAE]:
     """Trained SAEs, in the order of `configs`; the data are read once for all of them.
 
@@ -79,10 +83,12 @@ def train(
         storage_options: what fsspec needs for `out`; never stored.
         device: where to train, e.g. "cuda"; SAEs come back on the CPU. A run may go on elsewhere, then
             equal but for rounding.
+        eval_every: rows between evaluations of the SAEs on held-out rows and in the LM while they are trained,
+            or `sae.EvalDuring(every_rows=..., ...)` with more settings. The figures are in each SAE's evals.jsonl.
 
     Raises:
-        SpecError: a site that the stream has not, a stream that ends too soon, or a `start` of
-            another shape.
+        SpecError: a site that the stream has not, a stream that ends too soon, a `start` of
+            another shape, or an evaluation that cannot be done.
         Conflict: `out` holds a run of other settings; the message names the difference.
         NonFiniteLoss: training diverged, or the data hold inf or NaN. The last checkpoint is intact.
         StoreError: the disk refused. The last checkpoint is intact.
@@ -98,6 +104,7 @@ def train(
         log=log,
         storage_options=storage_options,
         device=device,
+        evals=EvalDuring.of(eval_every),
     )
     done = trainer.open(resume)
     if done is not None:
@@ -127,6 +134,8 @@ class Trainer:
         layout: Layout | None = None,
         tell: Told | None = None,
         asked: Callable[[], bool] | None = None,
+        evals: EvalDuring | None = None,
+        eval_by: EvalBy = BackgroundProcess,
     ) -> None:
         """`asked`: True once somebody asked this rank to stop; `tell` replaces the progress bar."""
         self.device, self.layout = checked_device(device), layout or Layout()
@@ -161,7 +170,13 @@ class Trainer:
         self.trackers = make_trackers(log, out) if first else []
         self._stop = Stop()
         self._tell = tell
-        schedule = CheckpointSchedule(training.checkpoint_every_rows, training.checkpoint_every_s)
+        self._evals, self._eval_by = evals, eval_by
+        self.monitor: Monitor | None = None
+        schedule = CheckpointSchedule(
+            training.checkpoint_every_rows,
+            training.checkpoint_every_s,
+            None if evals is None else evals.every_rows,
+        )
         self.keeper = Keeper(
             self.layout.group,
             self.directory,
@@ -170,6 +185,7 @@ class Trainer:
             self._state,
             asked or (lambda: self._stop.asked is not None),
             training.log_every,
+            lambda rows, step: self.monitor.completed(rows, step) if self.monitor else None,
         )
         self._buffers: dict[str, Tensor] = {}
         self._log_rows, self._log_time, self._log_stall = 0, time.perf_counter(), 0.0
@@ -180,8 +196,10 @@ class Trainer:
 
         Raises:
             Conflict: it holds a run of other settings, or any run and `resume` is False.
+            SpecError: the run asks for evaluations that cannot be done.
         """
         if self.directory is None:
+            monitor_of(self._evals, self._eval_by, self.stream, None, ())
             return None
         found = self._opened(self.directory, resume)
         if isinstance(found, list):
@@ -197,6 +215,7 @@ class Trainer:
         group, found, error = self.layout.group, None, None
         if group.rank == 0:
             try:
+                self.monitor = monitor_of(self._evals, self._eval_by, self.stream, directory, self.trackers)
                 found = directory.open(resume)
             except ActcacheError as refused:
                 error = self.keeper.failure = refused
@@ -206,32 +225,40 @@ class Trainer:
 
     def run(self) -> list[SAE]:
         """Train to the end, and save; the SAEs come back on rank 0."""
+        with contextlib.ExitStack() as ends:
+            if self.monitor is not None:
+                ends.callback(self.monitor.close)
+            if self.rows < self.training.n_rows:
+                self._train(ends)
+            return self._finish()
+
+    def _train(self, ends: contextlib.ExitStack) -> None:
+        """Train to the end; what must be closed after the last evaluation is left to `ends`."""
         label = f"training {len(self.names)} SAE{'s' if len(self.names) > 1 else ''}"
         self._log_rows, self._log_time, self._log_stall = self.rows, time.perf_counter(), 0.0
         self._met_time, self._met_stall = time.perf_counter(), 0.0
         self.keeper.start(self.rows)
-        if self.rows < self.training.n_rows:
-            for tracker in self.trackers:
-                tracker.start(self._description(), self.step)
-            batches = iter(self.stream)
-            shown = self._tell is None and self.layout.rank == 0
-            total = self.training.n_rows
-            try:
-                with (
-                    self._stop,
-                    Progress(label, total=total, unit="rows", done=self.rows, show=shown) as progress,
-                ):
-                    self._loop(batches, progress)
-            except BaseException:
-                self.keeper.keep()
-                raise
-            finally:
-                close = getattr(batches, "close", None)  # ends the threads of a stream that reads ahead
-                if close is not None:
-                    close()
-                for tracker in self.trackers:
-                    tracker.close()
-        return self._finish()
+        for tracker in self.trackers:
+            tracker.start(self._description(), self.step)
+            ends.callback(tracker.close)
+        if self.monitor is not None:
+            self.monitor.start(self.keeper.saved_rows, self.step)
+        batches = iter(self.stream)
+        shown = self._tell is None and self.layout.rank == 0
+        total = self.training.n_rows
+        try:
+            with (
+                self._stop,
+                Progress(label, total=total, unit="rows", done=self.rows, show=shown) as progress,
+            ):
+                self._loop(batches, progress)
+        except BaseException:
+            self.keeper.keep()
+            raise
+        finally:
+            close = getattr(batches, "close", None)  # ends the threads of a stream that reads ahead
+            if close is not None:
+                close()
 
     def _loop(self, batches: Iterator[Batch], progress: Progress) -> None:
         while self.rows < self.training.n_rows:
@@ -262,6 +289,8 @@ class Trainer:
         now = time.perf_counter()
         stall = self._met_stall / max(now - self._met_time, 1e-9)
         self._met_time, self._met_stall = now, 0.0
+        if self.monitor is not None:
+            self.monitor.look()
         if self.rows < self.training.n_rows:
             self.keeper.meet(self.rows, stall)
         elif self.layout.spread.dealt:
@@ -382,6 +411,7 @@ class Trainer:
             "l0": "/".join(f"{line['l0']:.1f}" for line in lines),
             "dead": "/".join(str(line["dead"]) for line in lines),
             "stall": f"{speed['stall_share']:.1%}",
+            **(self.monitor.shown if self.monitor is not None else {}),
         }
 
     def _metrics(self, learner: Learner, outcome: Outcome, n: int) -> dict[str, Any]:
@@ -427,6 +457,8 @@ class Trainer:
         if group.rank:
             return []
         loaded = directory.finish()
+        if self.monitor is not None:
+            self.monitor.finish(self.rows, self.step)
         return [own.get(i, s) for i, s in enumerate(loaded)]
 
     def _finished(self, learner: Learner) -> SAE | None:
@@ -442,7 +474,7 @@ class Trainer:
         }
 
     def _state(self) -> dict[str, Any]:
-        own = {str(i): learner.state() for i, learner in self.learners.items()}
+        own = {str(i): learner.state() | {"cfg": self._cfg(learner)} for i, learner in self.learners.items()}
         if self.layout.spread.dealt:
             own = {i: state for part in self.layout.group.objects(own) for i, state in part.items()}
         return {
