@@ -55,33 +55,52 @@ def load_checkpoint(
     names = list(description["saes"])
     if name not in names:
         raise FileNotFoundError(f"{files.url} trains no SAE {name!r}; it trains {', '.join(names)}")
-    if description.get("finished"):
-        return _finished(f"{files.url}/{name}", rows, storage_options)
     checkpoints = Checkpoints(files.store)
-    config = config_from_dict(description["saes"][name])
+    stored = _stored(checkpoints, rows, description)
+    if stored is None:
+        return _finished(files.url, name, rows, description, storage_options)
     try:
-        stored = checkpoints.newest() if rows is None else checkpoints.at(rows)
-        if stored is None:
-            raise FileNotFoundError(f"{files.url} has no checkpoint yet; try again once it has one")
-        found = _read(stored, names.index(name), config)
-    except (CorruptObject, FileNotFoundError) as error:
-        if rows is None or _is_there(checkpoints, rows):
+        found = _read(stored, names.index(name), config_from_dict(description["saes"][name]))
+    except CorruptObject as error:
+        if _is_there(checkpoints, stored.rows):
             raise
-        raise FileNotFoundError(
-            f"{files.url} has no checkpoint after {rows:,} rows, or not any more; leave out rows for the newest"
-        ) from error
+        raise _gone(files.url, stored.rows) from error
     if not description["data"].get("rotated"):
         return found
     return turned(found, _rotation(found.cfg, ds, storage_options))
 
 
-def _finished(where: str, rows: int | None, storage_options: Mapping[str, Any] | None) -> SAE:
-    s = load(where, storage_options)
+def _stored(
+    checkpoints: Checkpoints, rows: int | None, description: Mapping[str, Any]
+) -> StoredCheckpoint | None:
+    """The checkpoint asked for; None if there is none, or the run is finished and none was named."""
+    if rows is not None:
+        return checkpoints.at(rows) if _is_there(checkpoints, rows) else None
+    return None if description.get("finished") else checkpoints.newest()
+
+
+def _finished(
+    run: str,
+    name: str,
+    rows: int | None,
+    description: Mapping[str, Any],
+    storage_options: Mapping[str, Any] | None,
+) -> SAE:
+    """The SAE of a finished run, where it is the one after `rows` rows."""
+    if not description.get("finished"):
+        raise _gone(run, rows)
+    s = load(f"{run}/{name}", storage_options)
     if rows is not None and s.cfg["rows"] != rows:
-        raise FileNotFoundError(
-            f"{where} is finished after {s.cfg['rows']:,} rows, not {rows:,}; leave out rows"
-        )
+        raise _gone(run, rows)
     return s
+
+
+def _gone(run: str, rows: int | None) -> FileNotFoundError:
+    if rows is None:
+        return FileNotFoundError(f"{run} has no checkpoint yet; try again once it has one")
+    return FileNotFoundError(
+        f"{run} has no checkpoint after {rows:,} rows, or not any more; try again, without rows for the newest"
+    )
 
 
 def _read(stored: StoredCheckpoint, i: int, config: Architecture) -> SAE:

@@ -143,13 +143,15 @@ class BackgroundProcess:
 
 def _check_device(settings: EvalDuring) -> None:
     """Without a context on the device: only the process that evaluates makes one."""
-    import torch
-
     if settings.gpus:
         raise SpecError(
             f"eval gpus is {settings.gpus:g}, which a run on Ray reserves; here a process of this machine evaluates, so "
             "name its device, e.g. cuda:1"
         )
+    if settings.device == "cpu":
+        return
+    import torch
+
     try:
         device, n = torch.device(settings.device), torch.cuda.device_count()
     except RuntimeError as error:

@@ -84,7 +84,7 @@ class Monitor:
             self._directory.checkpoints.held = None
             if news.cause is not None:
                 logger.warning(
-                    "the checkpoint after %s rows could not be evaluated: %s; training goes on",
+                    "the checkpoint after %s rows could not be evaluated: %s; this does not touch the training",
                     f"{self._pending.rows:,}",
                     news.cause,
                 )
