@@ -20,6 +20,8 @@ from actcache.errors import Drained, RankFailed, SpecError, StoreError
 
 from .architectures import Architecture
 from .core import SAE, load
+from .evals.during import EvalDuring
+from .evals.monitor import BackgroundProcess, EvalBy
 from .files import is_url, local_path
 from .rundir import RunDirectory, progress_of
 from .spread import Layout, Spread, spread_of
@@ -103,6 +105,8 @@ class Job:
     log: Sequence[str] = ()
     storage_options: Mapping[str, Any] | None = None
     spread: str | None = None
+    evals: EvalDuring | None = None
+    """Evaluations while it goes on, beside the workers."""
 
     def check(self, worlds: Iterable[int]) -> None:
         """Refuse what no rank could do, before any is started.
@@ -197,11 +201,13 @@ def run_rank(
     asked: Asked | None = None,
     opened: Callable[[Trainer], None] | None = None,
     prepared: bool = False,
+    eval_by: EvalBy = BackgroundProcess,
 ) -> list[SAE]:
     """Train as one rank of the process group, or alone where there is none; every rank calls it.
 
     Args:
         opened: called with the trainer once it stands where the run goes on.
+        eval_by: where the run's SAEs are evaluated while it goes on.
         prepared: another process has made the run's directory; a rank that does not see it refuses.
 
     Returns:
@@ -223,6 +229,8 @@ def run_rank(
         layout=layout,
         tell=tell,
         asked=asked,
+        evals=job.evals,
+        eval_by=eval_by,
     )
     if prepared and trainer.directory is not None:
         trainer.directory.open(resume=True, writer=False)
@@ -296,6 +304,7 @@ def train_by_ranks(
     spread: str | None,
     gpus_per_worker: float,
     cpus_per_worker: float,
+    evals: EvalDuring | None,
 ) -> list[SAE]:
     """`sae.train` by several processes; this one is a rank where torchrun started it, else the driver.
 
@@ -320,6 +329,7 @@ def train_by_ranks(
         log=log,
         storage_options=storage_options,
         spread=spread,
+        evals=evals,
     )
     if by_torchrun:
         return train_by_torchrun(job, resume, device)

@@ -18,6 +18,7 @@ from typing import Any
 from actcache.errors import ActcacheError, RankFailed
 
 from .distributed import Job, Workers, run_rank
+from .evals.on_ray import RayEvaluation
 from .train import Trainer
 
 FINAL = (ActcacheError, ValueError, ImportError)
@@ -142,6 +143,7 @@ def rank_main(config: dict[str, Any]) -> None:
             asked=lambda: preempted.is_set() or (line is not None and line.asked),
             opened=line.opened if line else None,
             prepared=True,
+            eval_by=RayEvaluation,
         )
     except FINAL as error:
         deadline = time.monotonic() + _CAUSE_S

@@ -85,7 +85,7 @@ def _lines(out: Path, name: str) -> list[dict[str, Any]]:
 
 def _curves(out: Path) -> dict[str, list[dict[str, Any]]]:
     """Metrics without what the clock decides, nor the layout."""
-    timed = ("rows_per_s", "stall_share", "world_size", "stall_by_rank")
+    timed = ("rows_per_s", "stall_share", "world_size", "spread", "stall_by_rank")
     return {
         name: [{k: v for k, v in line.items() if k not in timed} for line in _lines(out, name)]
         for name in NAMES
