@@ -447,7 +447,7 @@ class Harvester:
         self, codes_ND: np.ndarray, scale_N: np.ndarray | None, calibration: Calibration
     ) -> np.ndarray:
         """The rows that readers will see."""
-        return decode(codes_ND, scale_N, calibration.offset_D, self.precision, calibration.rotation_DD)
+        return decode(codes_ND, scale_N, calibration, self.precision)
 
     def calibration(self, site: str) -> Calibration:
         """The committed calibration of a site."""

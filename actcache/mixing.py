@@ -17,7 +17,6 @@ import numpy as np
 from .errors import SpecError
 from .order import Order, Span, permutation
 from .reader import Index
-from .spec import FORMAT
 from .stream import Batch, Rows, Stream, StreamOptions
 
 if TYPE_CHECKING:
@@ -193,7 +192,7 @@ class MixedStream:
 
     def _order_id(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            "format": 1,
             "kind": "mix",
             "seed": self._schedule.seed,
             "ticks": self._schedule.ticks.tolist(),
@@ -438,7 +437,7 @@ class ZippedStream:
 
     def _order_id(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            "format": 1,
             "kind": "zip",
             "chunk_rows": self._chunk_rows,
             "parts": [stream._order_id() for stream in self._streams.values()],
