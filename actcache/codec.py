@@ -35,7 +35,7 @@ CORE_RADIUS = 16.0
 _MARGIN = 0.95  # without it "noise <= fvu" is a coin flip; it costs 0.04 bit
 _TINY_STEP = 2.0**-100  # a constant site still gets a positive step
 _SAMPLE_ROWS = 8192  # for medians and for which channels are loud: a median takes 30 ns a value
-_PART_ROWS = 4096  # a float64 copy of all calibration rows of d 4096 takes 2 GiB
+_PART_VALUES = 2**22  # 16 MiB: what is looked at, or sorted, at a time
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 _MOST_NOISE = 4.0  # by which the channels' multiples may raise the noise of a step: then it halves
 _MOST_POWER = 64  # of a row's multiple, in that choice
@@ -164,9 +164,10 @@ class _Rows:
         return len(self._row_M)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for i in range(0, len(self), _PART_ROWS):
-            row_K = self._row_M[i : i + _PART_ROWS]
-            yield self._acts_ND[i : i + _PART_ROWS] if self._all else self._acts_ND[row_K]
+        n_rows = max(1, _PART_VALUES // max(1, self._acts_ND.shape[1]))
+        for i in range(0, len(self), n_rows):
+            part = slice(i, i + n_rows)
+            yield self._acts_ND[part] if self._all else self._acts_ND[self._row_M[part]]
 
     def every(self, n: int, first: int = 0) -> "_Rows":
         """Every n-th of them from `first` on."""
@@ -186,29 +187,30 @@ def calibrate(acts_ND: np.ndarray, precision: Precision) -> Calibration:
     check_finite(acts_ND, "calibration row")
     if precision.quantised:
         check_range(acts_ND, np.arange(len(acts_ND)), precision.rotated)
-    every = max(1, -(-len(acts_ND) // _SAMPLE_ROWS))
-    median_D = np.median(acts_ND[::every], axis=0).astype(np.float32)
+    median_D = _medians(acts_ND[:: max(1, -(-len(acts_ND) // _SAMPLE_ROWS))])
     all_rows = _Rows(acts_ND, np.arange(len(acts_ND)))
     distance2_N = np.concatenate([squared_distance(part_ND, median_D) for part_ND in all_rows])
     radius2 = float(CORE_RADIUS * np.median(distance2_N))
     core = _Rows(acts_ND, np.flatnonzero(distance2_N <= radius2))
     mean_D = sum(part_MD.sum(axis=0, dtype=np.float64) for part_MD in core) / len(core)
-    core_variance = sum(float(np.square(part_MD - mean_D).sum()) for part_MD in core) / len(core)
-    step, offset_D, rotation_DD, channel_D = 0.0, np.zeros_like(median_D), None, None
+    offset_D = mean_D.astype(np.float32)
+    core_variance = sum(_sum_of_squares(part_MD - offset_D) for part_MD in core) / len(core)
+    step, rotation_DD, channel_D = 0.0, None, None
     if precision.quantised:
-        offset_D = mean_D.astype(np.float32)
         if precision.rotated:
             rotation_DD = _principal_components(core.every(2), mean_D)
             # rows that the rotation was not fitted to: it flatters its own
             held_out = core.every(2, first=1)
             projected_MD = np.empty((len(held_out), len(offset_D)), np.float32)
-            for i, part_MD in enumerate(held_out):
-                projected_MD[i * _PART_ROWS :][: len(part_MD)] = project(part_MD, offset_D, rotation_DD)
+            at = 0
+            for part_MD in held_out:
+                projected_MD[at : at + len(part_MD)] = project(part_MD, offset_D, rotation_DD)
+                at += len(part_MD)
             step = _widest_step(projected_MD, core_variance, precision)
         else:
             step, channel_D = _choose_step(core, offset_D, core_variance, precision)
     return Calibration(
-        offset_D=offset_D,
+        offset_D=offset_D if precision.quantised else np.zeros_like(offset_D),
         step=step,
         median_D=median_D,
         radius2=radius2,
@@ -218,6 +220,18 @@ def calibrate(acts_ND: np.ndarray, precision: Precision) -> Calibration:
         rotation_DD=rotation_DD,
         channel_D=channel_D,
     )
+
+
+def _medians(acts_ND: np.ndarray) -> np.ndarray:
+    """float32 [D]: of each channel."""
+    n = max(1, _PART_VALUES // max(1, len(acts_ND)))
+    return np.concatenate(
+        [np.median(acts_ND[:, i : i + n], axis=0).astype(np.float32) for i in range(0, acts_ND.shape[1], n)]
+    )
+
+
+def _sum_of_squares(values_ND: np.ndarray) -> float:
+    return float(np.einsum("nd,nd->", values_ND, values_ND, dtype=np.float64))
 
 
 def _formula_step(core_variance: float, d_in: int, fvu: float) -> float:
@@ -353,7 +367,7 @@ def _noise(
                 error_ND *= channel_D
             error_ND += offset_D
             error_ND -= rows_ND[part]
-            noise += float(np.einsum("nd,nd->", error_ND, error_ND, dtype=np.float64))
+            noise += _sum_of_squares(error_ND)
             rescaled = rescaled or bool((scale_N != np.float32(step)).any())
     return noise, rescaled
 
