@@ -108,10 +108,12 @@ class Survey:
 
     def identity(self, revision: str | None, corpus: ResolvedCorpus) -> dict[str, Any]:
         """The identity of the dataset; `revision` is the model's."""
+        from . import lm
+
         return {
             "format": FORMAT,
             "model": {"id": self.model_id, "revision": revision, "lm_dtype": self.spec.lm_dtype},
-            "tokens": tokens_identity(self.spec, corpus, self.tokenizer),
+            "tokens": tokens_identity(self.spec, corpus, self.tokenizer, lm.n_embeddings(self.skeleton)),
             "precision": str(Precision.parse(self.spec.precision)),
             "block_rows": self.block_rows,
             "chunk_rows": self.chunk_rows,
@@ -136,10 +138,6 @@ def survey(spec: Spec) -> Survey:
             f"context_size is {spec.context_size}, but {model_id} takes at most {longest} tokens; lower it"
         )
     tokenizer = lm.load_tokenizer(spec.model, spec.model_revision)
-    if len(tokenizer) > config.vocab_size:
-        raise SpecError(
-            f"the tokenizer has {len(tokenizer)} tokens, but {model_id} embeds {config.vocab_size}; use its own"
-        )
     block_rows, chunk_rows = spec.block_shape(config.hidden_size)
     widths = capture.site_widths(skeleton, capture.resolve_sites(skeleton, list(spec.sites)))
     for site, width in widths.items():
@@ -231,7 +229,15 @@ def harvest(
     encode = ray_map if engine == "ray" and in_a_cluster() else in_order
     # a hit neither waits for another harvest nor keeps one waiting
     with nullcontext() if is_there else Lease(base, name):
-        tokens = tokenise(spec, resolved.corpus, resolved.tokenizer, base, run=encode, progress=progress)
+        tokens = tokenise(
+            spec,
+            resolved.corpus,
+            resolved.tokenizer,
+            base,
+            identity=resolved.identity["tokens"],
+            run=encode,
+            progress=progress,
+        )
         job = resolved.job(
             store.url,
             tokens.store.url,

@@ -318,6 +318,13 @@ def skeleton(model: str, revision: str | None = None) -> Any:
     return hf_model.requires_grad_(False).eval()
 
 
+def n_embeddings(model: Any) -> int:
+    """How many token ids a model takes: the rows of its embedding (works on a `skeleton` too)."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    config = model.config.get_text_config()
+    return int(config.vocab_size if weight is None else weight.shape[0])
+
+
 def lm_config(model: str, revision: str | None = None) -> Any:
     """The model's Hugging Face config, without its weights."""
     source, options = _source(model, revision)

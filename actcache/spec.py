@@ -17,8 +17,8 @@ from typing import Any
 from .codec import Precision
 from .errors import SpecError
 
-FORMAT = 1
-"""The format version this package writes; docs/format.md describes it."""
+FORMAT = 2
+"""The format version this package writes; docs/format.md describes it, and 1, which is read."""
 
 LM_DTYPES = ("float32", "bfloat16", "float16")
 PACKINGS = ("concat", "isolated", "single")
