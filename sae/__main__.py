@@ -9,6 +9,7 @@ import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +249,7 @@ _RANKS = ("workers", "spread", "gpus_per_worker", "cpus_per_worker")
 def _train(config: Path | None, storage_options: dict[str, Any], json: bool, **options: Any) -> None:
     import actcache
 
-    from .distributed import one_voice
+    from .distributed import one_voice, started_by_torchrun, train_by_ranks
     from .inputs import checked_device
     from .trackers import make_trackers
     from .train import Training, run_names, train
@@ -279,8 +280,12 @@ def _train(config: Path | None, storage_options: dict[str, Any], json: bool, **o
         metadata=False,
         rotated=settings.get("rotated", False),
     )
+    of_ranks = {name: settings[name] for name in _RANKS if name in settings}
+    run = train
+    if of_ranks or started_by_torchrun():
+        run = partial(train_by_ranks, returned=False, **of_ranks)
     with one_voice() as first:
-        train(
+        run(
             stream,
             list(saes),
             training,
@@ -289,7 +294,6 @@ def _train(config: Path | None, storage_options: dict[str, Any], json: bool, **o
             log=settings.get("log", ()),
             storage_options=storage_options,
             device=device,
-            **{name: settings[name] for name in _RANKS if name in settings},
         )
     if first:
         _show_results(out, run_names(list(saes)), storage_options, as_json=json)

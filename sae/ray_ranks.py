@@ -142,6 +142,7 @@ def rank_main(config: dict[str, Any]) -> None:
             asked=lambda: preempted.is_set() or (line is not None and line.asked),
             opened=line.opened if line else None,
             prepared=True,
+            returned=False,
         )
     except FINAL as error:
         deadline = time.monotonic() + _CAUSE_S

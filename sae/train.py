@@ -107,13 +107,14 @@ def train(
 
     listed = [configs] if isinstance(configs, Architecture) else list(configs)
     starts = list(start) if isinstance(start, Sequence) else [start] * len(listed)
-    if workers is not None or spread is not None or started_by_torchrun():
+    of_ranks = workers is not None or spread is not None or bool(gpus_per_worker) or cpus_per_worker != 1
+    if of_ranks or started_by_torchrun():
         return train_by_ranks(
             stream,
             listed,
             training,
-            starts,
-            out,
+            start=starts,
+            out=out,
             resume=resume,
             log=log,
             storage_options=storage_options,
@@ -161,9 +162,14 @@ class Trainer:
         layout: Layout | None = None,
         tell: Told | None = None,
         asked: Callable[[], bool] | None = None,
+        returned: bool = True,
     ) -> None:
-        """`asked`: True once somebody asked this rank to stop; `tell` replaces the progress bar."""
+        """`asked`: True once somebody asked this rank to stop; `tell` replaces the progress bar.
+
+        `returned`: False leaves the SAEs in `out`; `open` and `run` then give empty lists.
+        """
         self.device, self.layout = checked_device(device), layout or Layout()
+        self._returned = returned and self.layout.rank == 0
         if not configs:
             raise ValueError(
                 "there is no SAE to train; give at least one config, e.g. sae.TopK(d_sae=1536, k=32)"
@@ -212,7 +218,7 @@ class Trainer:
         self._met_time, self._met_stall = time.perf_counter(), 0.0
 
     def open(self, resume: bool) -> list[SAE] | None:
-        """Take up what the directory holds: a finished run is returned, a checkpoint restored.
+        """Take up what the directory holds: a finished run is returned (on rank 0), a checkpoint restored.
 
         Raises:
             Conflict: it holds a run of other settings, or any run and `resume` is False.
@@ -233,12 +239,12 @@ class Trainer:
         group, found, error = self.layout.group, None, None
         if group.rank == 0:
             try:
-                found = directory.open(resume)
+                found = directory.open(resume, load=self._returned)
             except ActcacheError as refused:
                 error = self.keeper.failure = refused
         if group.numbers(error is not None).any():
             self.keeper.raise_failure()
-        return found if group.rank == 0 else directory.open(resume, writer=False)
+        return found if group.rank == 0 else directory.open(resume, writer=False, load=False)
 
     def run(self) -> list[SAE]:
         """Train to the end, and save; the SAEs come back on rank 0."""
@@ -440,10 +446,11 @@ class Trainer:
         for i, s in own.items():
             directory.save(i, s)
         group.numbers(0)  # every rank has saved its own
-        if group.rank:
+        if group.rank == 0:
+            directory.finish()
+        if not self._returned:
             return []
-        loaded = directory.finish()
-        return [own.get(i, s) for i, s in enumerate(loaded)]
+        return [own[i] if i in own else directory.load(i) for i in range(len(self.names))]
 
     def _finished(self, learner: Learner) -> SAE | None:
         """The SAE for the model's activations; None on a rank that holds only a part of it."""

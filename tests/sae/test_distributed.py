@@ -43,7 +43,7 @@ from actcache.errors import (
     WorkerLost,
 )
 from sae import ray_train
-from sae.distributed import Job, Workers, directory_of, finished, run_rank
+from sae.distributed import Job, Workers, check_finished, directory_of, run_rank
 from sae.ray_ranks import Launch, last_line, portable
 
 SITE = SITES[0]
@@ -148,7 +148,8 @@ def test_workers_read_as_a_person_asks_for_them():
         ({"spread": "rows=2,latents=1", "workers": (2, 4)}, "is of 2 workers, and there are 3"),
         ({"spread": "saes", "workers": "2..9"}, "4 SAEs can not be dealt to 5 workers"),
         ({"device": "cuda"}, "device is cuda, of one process; .* gpus_per_worker=1"),
-        ({"workers": None, "spread": "latents"}, "spread is 'latents', and one process trains alone"),
+        ({"workers": None, "spread": "latents"}, "are for several processes, and one trains alone"),
+        ({"workers": None, "gpus_per_worker": 1}, "are for several processes, and one trains alone"),
         ({"workers": "many"}, "workers is 'many'"),
     ],
 )
@@ -203,10 +204,9 @@ def test_a_rank_that_does_not_see_the_run_refuses(ds, tmp_path):
 
 
 def test_a_driver_that_does_not_see_the_result_says_so(ds, tmp_path):
-    directory = directory_of(job(ds, tmp_path / "run"))
-    directory.open(resume=True)
+    directory_of(job(ds, tmp_path / "run")).open(resume=True)
     with pytest.raises(StoreError, match="the workers have finished, but .*run is not finished as seen from"):
-        finished(job(ds, tmp_path / "run"), directory)
+        check_finished(job(ds, tmp_path / "run"))
 
 
 def test_errors_reach_the_driver_as_they_are_or_by_their_message():
@@ -457,7 +457,9 @@ def test_the_command_says_one_line_and_prints_only_its_result(ds, tmp_path):
     process = started(*command(ds, tmp_path / "bad", "--workers", "2", "--sae", "topk:d_sae=64,k=9,lr=1e30"))
     stdout, stderr = process.communicate(timeout=400)
     assert (process.returncode, stdout) == (1, ""), stderr
-    assert re.findall("error: .*", stderr) == re.findall("error: the loss of topk-64-9 is .*intact.", stderr)
+    assert re.findall("error: .*", stderr) == re.findall(
+        "error: the loss of topk-64-9 is .*new directory[.]", stderr
+    )
     assert len(stderr.splitlines()) <= 5, stderr
 
 
