@@ -301,7 +301,8 @@ class Start:
         if begins:
             self._progress = self._bars.enter_context(self._bar(news))
             before = replace(news, rows=news.begun_at)
-        self._progress.advance(news.rows - before.rows, **news.shown)
+        stall = {"stall": news.shown["stall"]} if news.shown else {}  # first: 80 columns end before the last
+        self._progress.advance(news.rows - before.rows, **(stall | dict(news.shown)))
         return begins
 
     def _bar(self, news: News) -> Progress:
