@@ -9,6 +9,7 @@ import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +257,7 @@ _RANKS = ("workers", "spread", "gpus_per_worker", "cpus_per_worker")
 def _train(config: Path | None, storage_options: dict[str, Any], json: bool, **options: Any) -> None:
     import actcache
 
-    from .distributed import one_voice
+    from .distributed import one_voice, started_by_torchrun, train_by_ranks
     from .inputs import checked_device
     from .naming import run_names
     from .trackers import make_trackers
@@ -291,8 +292,12 @@ def _train(config: Path | None, storage_options: dict[str, Any], json: bool, **o
         metadata=False,
         rotated=settings.get("rotated", False),
     )
+    of_ranks = {name: settings[name] for name in _RANKS if name in settings}
+    run = train
+    if of_ranks or started_by_torchrun():
+        run = partial(train_by_ranks, returned=False, **of_ranks)
     with one_voice() as first:
-        train(
+        run(
             stream,
             list(saes),
             training,
@@ -302,7 +307,6 @@ def _train(config: Path | None, storage_options: dict[str, Any], json: bool, **o
             storage_options=storage_options,
             device=device,
             eval_every=_evals(settings, given),
-            **{name: settings[name] for name in _RANKS if name in settings},
         )
     if first:
         _show_results(out, list(saes), training, storage_options, as_json=json)

@@ -6,6 +6,7 @@ whether to stop. Ray keeps no checkpoint: each start goes on from the run's dire
 `Launch` after the other.
 """
 
+import logging
 import os
 import pickle
 import tempfile
@@ -20,6 +21,8 @@ from actcache.errors import ActcacheError, RankFailed
 from .distributed import Job, Workers, run_rank
 from .evals.on_ray import RayEvaluation
 from .train import Trainer
+
+log = logging.getLogger(__name__)
 
 FINAL = (ActcacheError, ValueError, ImportError)
 """Errors that another try would meet again."""
@@ -144,6 +147,7 @@ def rank_main(config: dict[str, Any]) -> None:
             opened=line.opened if line else None,
             prepared=True,
             eval_by=RayEvaluation,
+            returned=False,
         )
     except FINAL as error:
         deadline = time.monotonic() + _CAUSE_S
@@ -182,8 +186,15 @@ class Line:
         self._say()
 
     def _run(self) -> None:
+        import ray
+
         while not self._over.wait(_TELL_S):
-            self._say()
+            try:
+                self._say()
+            except ray.exceptions.RayActorError:
+                return  # the driver has ended, and this process is about to
+            except ray.exceptions.RayError as error:
+                log.warning("the driver could not be told: %s", error)
 
     def _say(self) -> None:
         import ray
@@ -233,8 +244,13 @@ def _end_of(error: Any) -> End:
     failures = getattr(error, "worker_failures", {})
     lost = [rank for rank, e in failures.items() if hasattr(e, "health_check_failure")]
     if lost:
-        why = "out of memory, " if "memory" in text.split("Some common causes")[0] else ""
-        return End(f"rank {lost[0]} was lost ({why}its process has ended)", text)
+        known = text.split("Some common causes")[0]  # what follows are Ray's guesses
+        why = "its process has ended"
+        if "memory" in known:
+            why = "its node ran out of memory"
+        elif "node has died" in known:
+            why = "its node has died"
+        return End(f"rank {lost[0]} was lost ({why})", text)
     for rank, e in failures.items():
         return End(f"rank {rank}: {last_line(str(e))}", text)
     return End(last_line(text), text)

@@ -26,7 +26,7 @@ from actcache.errors import Drained, RankFailed, SpecError, WorkerLost
 from actcache.progress import Progress
 
 from .core import SAE
-from .distributed import Job, Workers, directory_of, finished
+from .distributed import Job, Workers, check_finished, directory_of
 from .keeper import Stop
 from .ray_ranks import FINAL, End, Launch, News, last_line
 from .ray_room import Room, room_for, shortage
@@ -44,8 +44,8 @@ _GROW_S = 60.0
 """How often an elastic run looks for room for more: to save, stop and start again costs about half of that."""
 
 
-def train_on_ray(job: Job, workers: Workers, resume: bool) -> list[SAE]:
-    """The SAEs, trained on a Ray cluster.
+def train_on_ray(job: Job, workers: Workers, resume: bool, returned: bool = True) -> list[SAE]:
+    """The SAEs, trained on a Ray cluster; an empty list if they are not to be `returned`.
 
     The cluster is the one that is connected, or that RAY_ADDRESS names; else one on this machine.
 
@@ -56,7 +56,7 @@ def train_on_ray(job: Job, workers: Workers, resume: bool) -> list[SAE]:
     """
     job.check(range(workers.least, workers.most + 1))
     directory = directory_of(job)
-    found = directory.open(resume)
+    found = directory.open(resume, load=returned)
     if isinstance(found, list):
         log.info("%s already holds this finished run; nothing to train", directory.path)
         return found
@@ -64,7 +64,8 @@ def train_on_ray(job: Job, workers: Workers, resume: bool) -> list[SAE]:
     # in this order: ray.init takes SIGTERM for itself
     with contextlib.redirect_stdout(aside), _ray(workers), Stop() as stop:
         Driver(job, workers, directory, stop, aside.said).run()
-    return finished(job, directory)
+    check_finished(job)
+    return [directory.load(i) for i in range(len(directory.names))] if returned else []
 
 
 class Aside(io.TextIOBase):
@@ -300,7 +301,8 @@ class Start:
         if begins:
             self._progress = self._bars.enter_context(self._bar(news))
             before = replace(news, rows=news.begun_at)
-        self._progress.advance(news.rows - before.rows, **news.shown)
+        stall = {"stall": news.shown["stall"]} if news.shown else {}  # first: 80 columns end before the last
+        self._progress.advance(news.rows - before.rows, **(stall | dict(news.shown)))
         return begins
 
     def _bar(self, news: News) -> Progress:

@@ -47,13 +47,16 @@ class RunDirectory:
         self._evals_to_sync = False
         self.description = json.loads(json.dumps({"format": RUN_FORMAT, **description}))
 
-    def open(self, resume: bool, writer: bool = True) -> StoredCheckpoint | list[SAE] | None:
+    def open(
+        self, resume: bool, writer: bool = True, load: bool = True
+    ) -> StoredCheckpoint | list[SAE] | None:
         """What the directory holds: a finished run's SAEs, a checkpoint, or nothing, then made ready.
 
         Args:
             resume: False refuses a directory that already holds a run.
             writer: False for the other ranks of a distributed run, once `open` of the rank that writes has
                 returned: changes nothing and ignores `resume`.
+            load: False gives an empty list for a finished run.
 
         Raises:
             Conflict: it holds a run of other settings, or any run and `resume` is False; or a checkpoint
@@ -75,7 +78,7 @@ class RunDirectory:
             if finished:
                 if writer:
                     self.checkpoints.remove()  # of a process that was killed as it did so
-                return [load(f"{self.path}/{name}", self.storage_options) for name in self.names]
+                return [self.load(i) for i in range(len(self.names))] if load else []
         stored = self.checkpoints.newest()
         if not writer:
             return stored
@@ -175,13 +178,16 @@ class RunDirectory:
         """Save the i-th SAE once it is trained; any rank may."""
         s.save(f"{self.path}/{self.names[i]}", self.storage_options)
 
-    def finish(self) -> list[SAE]:
-        """Mark the run as finished, once all SAEs are saved; returns them."""
+    def load(self, i: int) -> SAE:
+        """The i-th SAE, which was saved."""
+        return load(f"{self.path}/{self.names[i]}", self.storage_options)
+
+    def finish(self) -> None:
+        """Mark the run as finished, once all SAEs are saved."""
         self.files.sync(self.metrics_files)
         self.sync_evals()
         self._write_run(finished=True)
         self.checkpoints.remove()
-        return [load(f"{self.path}/{name}", self.storage_options) for name in self.names]
 
     @property
     def checkpoint_rows(self) -> int | None:

@@ -111,13 +111,14 @@ def train(
 
     listed = [configs] if isinstance(configs, Architecture) else list(configs)
     starts = list(start) if isinstance(start, Sequence) else [start] * len(listed)
-    if workers is not None or spread is not None or started_by_torchrun():
+    of_ranks = workers is not None or spread is not None or bool(gpus_per_worker) or cpus_per_worker != 1
+    if of_ranks or started_by_torchrun():
         return train_by_ranks(
             stream,
             listed,
             training,
-            starts,
-            out,
+            start=starts,
+            out=out,
             resume=resume,
             log=log,
             storage_options=storage_options,
@@ -126,7 +127,7 @@ def train(
             spread=spread,
             gpus_per_worker=gpus_per_worker,
             cpus_per_worker=cpus_per_worker,
-            evals=EvalDuring.of(eval_every),
+            eval_every=eval_every,
         )
     trainer = Trainer(
         stream,
@@ -169,9 +170,14 @@ class Trainer:
         asked: Callable[[], bool] | None = None,
         evals: EvalDuring | None = None,
         eval_by: EvalBy = BackgroundProcess,
+        returned: bool = True,
     ) -> None:
-        """`asked`: True once somebody asked this rank to stop; `tell` replaces the progress bar."""
+        """`asked`: True once somebody asked this rank to stop; `tell` replaces the progress bar.
+
+        `returned`: False leaves the SAEs in `out`; `open` and `run` then give empty lists.
+        """
         self.device, self.layout = checked_device(device), layout or Layout()
+        self._returned = returned and self.layout.rank == 0
         if not configs:
             raise ValueError(
                 "there is no SAE to train; give at least one config, e.g. sae.TopK(d_sae=1536, k=32)"
@@ -227,7 +233,7 @@ class Trainer:
         self._pace = Pace()
 
     def open(self, resume: bool) -> list[SAE] | None:
-        """Take up what the directory holds: a finished run is returned, a checkpoint restored.
+        """Take up what the directory holds: a finished run is returned (on rank 0), a checkpoint restored.
 
         Raises:
             Conflict: it holds a run of other settings, or any run and `resume` is False.
@@ -251,12 +257,12 @@ class Trainer:
         if group.rank == 0:
             try:
                 self.monitor = monitor_of(self._evals, self._eval_by, self.stream, directory, self.trackers)
-                found = directory.open(resume)
+                found = directory.open(resume, load=self._returned)
             except ActcacheError as refused:
                 error = self.keeper.failure = refused
         if group.numbers(error is not None).any():
             self.keeper.raise_failure()
-        return found if group.rank == 0 else directory.open(resume, writer=False)
+        return found if group.rank == 0 else directory.open(resume, writer=False, load=False)
 
     def run(self) -> list[SAE]:
         """Train to the end, and save; the SAEs come back on rank 0."""
@@ -432,12 +438,13 @@ class Trainer:
         own = self.keeper.together(lambda: self._save(list(self.learners)))
         if self.directory is None:
             return [s for _, s in sorted((self._stopped | own).items())]
-        if self.layout.rank:
+        if self.layout.rank == 0:
+            self.directory.finish()
+            if self.monitor is not None:
+                self.monitor.finish(self.rows, self.step)
+        if not self._returned:
             return []
-        loaded = self.directory.finish()
-        if self.monitor is not None:
-            self.monitor.finish(self.rows, self.step)
-        return [own.get(i, s) for i, s in enumerate(loaded)]
+        return [own[i] if i in own else self.directory.load(i) for i in range(len(self.names))]
 
     def _save(self, numbers: Sequence[int]) -> dict[int, SAE]:
         """Save those of these SAEs that this rank trains, as they are; returns the whole ones."""
