@@ -437,8 +437,9 @@ def gc(
     """Remove what no kept manifest version of the dataset at URL names.
 
     Such as blocks of dead writers, old versions, and records that a segment holds. Refuses a dataset that
-    seems to be written: wait until a harvest has ended, and start none meanwhile. Token stores, which
-    datasets share, are not touched. Writes one small object to learn the store's time, and removes it.
+    is being harvested or seems to be written; a harvest that begins meanwhile waits. Token stores, which
+    datasets share, are not touched. Writes two small objects, to learn the store's time and to keep
+    harvests out, and removes them.
 
     \b
     Examples:
@@ -468,7 +469,8 @@ def gc(
 def rm(url: str, yes: bool, storage_options: dict[str, Any]) -> None:
     """Remove the whole dataset at URL, after you typed its id.
 
-    Shows its rows and size first. Interrupted, it can be run again. Token stores are not touched.
+    Shows its rows and size first. Refuses a dataset that is being harvested. Interrupted, it can be run again.
+    Token stores are not touched.
 
     \b
     Examples:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .errors import SpecError
 from .families import Tap, find_tap, resolve_sites, site_names
+from .isolation import LIMITS, Trial, largest_move
 
 __all__ = [
     "check_isolation",
@@ -175,38 +176,70 @@ def _forward_options(
     return options
 
 
-def check_isolation(model: Any, sites: Sequence[str]) -> None:
+def check_isolation(
+    model: Any,
+    sites: Sequence[str],
+    *,
+    context_size: int = 64,
+    lm_batch: int = 4,
+    causal: bool = True,
+    token_ids: Sequence[int] | None = None,
+) -> None:
     """Whether documents side by side in a sequence stay apart in this model, with its attention kernel.
 
-    The second of two documents must come out the same whatever the first is, and as it does alone. Two
-    sequences, since flash attention keeps documents apart in a batch of one only.
+    Four sequences are run as a harvest runs them: a whole document, long ones beside short ones and beside documents
+    of one token, padding. Each document must come out the same whatever the others are, and as it does alone. Costs
+    the forward passes of some fifteen sequences.
+
+    Args:
+        context_size: of the harvest: sliding windows and scaled positions begin to matter at some length.
+        lm_batch: of the harvest: flash attention keeps documents apart in a batch of one only.
+        causal: False if padding must be masked, which takes transformers' own mask of documents away.
+        token_ids: what documents are made of; by default the first thousand ids.
 
     Raises:
-        SpecError: the model takes no position ids, or a document changed another one's activations.
+        SpecError: the model takes no position ids, or a document's activations depend on its neighbours.
     """
     name = type(model).__name__
     if "position_ids" not in signature(model.forward).parameters:
         raise SpecError(f"{name} takes no position_ids, so packing 'isolated' cannot be had; use 'single'.")
-    device = next(model.parameters()).device
-    n, vocab_size = 16, model.get_input_embeddings().num_embeddings
-    ids_BT = torch.arange(2 * 4 * n, device=device).reshape(2, 4 * n) * 7 % vocab_size
-    positions_T = torch.arange(2 * n, device=device).repeat(2)  # two documents of 2n tokens
-    alone_BT = ids_BT[:, 2 * n :]
-    other_BT = torch.cat([ids_BT[:, : 2 * n].flip(1), alone_BT], dim=1)
-    with torch.no_grad():
-        packed, changed = (
-            run_capture(model, x, sites, position_ids_BT=positions_T.expand_as(x)) for x in (ids_BT, other_BT)
-        )
-        alone = run_capture(model, alone_BT, sites)
+    embedding = model.get_input_embeddings()
+    trial = Trial(
+        context_size, token_ids or range(min(1000, embedding.num_embeddings)), embedding.weight.device
+    )
+
+    def run(ids_BT: Tensor, mask_BT: Tensor, position_BT: Tensor | None) -> dict[str, Tensor]:
+        return run_capture(model, ids_BT, sites, None if causal else mask_BT, position_BT)
+
+    def together(ids_ST: Tensor) -> list[dict[str, Tensor]]:
+        """By document: its first and last rows [n, D] at each site."""
+        rows: list[dict[str, Tensor]] = []
+        for first in range(0, len(ids_ST), lm_batch):
+            part = slice(first, first + lm_batch)
+            acts = run(ids_ST[part], trial.inside_ST[part], trial.position_ST[part])
+            of = [d for d in trial.places if first <= d.sequence < first + lm_batch]
+            rows += [{site: acts[site][d.sequence - first, d.edges] for site in sites} for d in of]
+        return rows
+
+    packed = together(trial.ids_ST)
+    changed = [together(trial.with_others(parity)) for parity in (0, 1)]
+    neighbours = [changed[d.number % 2][i] for i, d in enumerate(trial.places)]
+    alone = []
+    for d in trial.places:
+        part = slice(d.sequence, d.sequence + 1), slice(d.start, d.stop)
+        acts = run(trial.ids_ST[part], trial.inside_ST[part], None)
+        alone.append({site: acts[site][0, d.edges - d.start] for site in sites})
+    limits = LIMITS.get(next(model.parameters()).dtype, LIMITS[torch.float32])
+    ways = "when the others change", "against the document alone"
     for site in sites:
-        size = alone[site].abs().max()
-        for found in (packed, changed):
-            error = (found[site][:, 2 * n :] - alone[site]).abs().max()
-            if not error <= 0.02 * size:  # bf16 rounds by 2^-9; a leak moves values by their own size
+        for found, limit, how in zip((neighbours, alone), limits, ways, strict=True):
+            moved = largest_move([rows[site] for rows in packed], [rows[site] for rows in found])
+            if not moved <= limit:
+                kernel = getattr(model.config, "_attn_implementation", None)
                 raise SpecError(
-                    f"{name} does not keep documents in one sequence apart at {site} (off by "
-                    f"{float(error / size):.2g} of the largest value); use packing 'single' or another "
-                    "attention kernel."
+                    f"{name} (attention kernel {kernel}) does not keep documents in one sequence apart at {site}: rows "
+                    f"move by {moved:.2g} of their norm {how}, {limit:g} would be rounding. Use packing 'single' or "
+                    "another attention kernel."
                 )
 
 

@@ -7,7 +7,7 @@ Shapes: N rows, D = d_in.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -52,8 +52,7 @@ def create_shard(store: Store, path: str, shard: int, values: np.ndarray, array:
     Args:
         array: an entry of `layout.array_layout` (chunk_rows, shard_rows, fill, by_column).
     """
-    fill = np.nan if array["fill"] == "NaN" else array["fill"]
-    data, chunks = encode_shard(values, array["chunk_rows"], array["shard_rows"], fill, array["by_column"])
+    data, chunks = _encode(values, array)
     key = shard_key(path, shard, values.ndim)
     try:
         created = store.create(key, data)
@@ -67,6 +66,20 @@ def create_shard(store: Store, path: str, shard: int, values: np.ndarray, array:
                 return create_shard(store, path, shard, values, array)
             created = True
     return Shard(key, data, chunks, values, created)
+
+
+def _encode(values: np.ndarray, array: Mapping[str, Any]) -> tuple[bytes, Chunks]:
+    fill = np.nan if array["fill"] == "NaN" else array["fill"]
+    return encode_shard(values, array["chunk_rows"], array["shard_rows"], fill, array["by_column"])
+
+
+def _encoded(values: np.ndarray, array: Mapping[str, Any]) -> bytes:
+    return _encode(values, array)[0]
+
+
+def _in_turn(work: Callable[[str], None], keys: Sequence[str]) -> None:
+    for key in keys:
+        work(key)
 
 
 def create_exact_shard(
@@ -106,12 +119,22 @@ class BlockCommit:
     """
 
     def __init__(
-        self, store: Store, identity: Mapping[str, Any], plan: "BlockPlan", widths: Mapping[str, int]
+        self,
+        store: Store,
+        identity: Mapping[str, Any],
+        plan: "BlockPlan",
+        widths: Mapping[str, int],
+        each: Callable[[Callable[[str], None], Sequence[str]], Any] | None = None,
     ) -> None:
+        """Args:
+        each: calls a function on each of some keys, side by side; one after the other if None.
+        """
+        self._each = each or _in_turn
         self._store, self._identity, self._plan = store, identity, plan
         self._layout = array_layout(identity, widths)
         self._objects: list[ObjectRecord] = []
-        self._found: list[Shard] = []
+        self._stored: dict[str, Callable[[], bytes]] = {}
+        """By key: what gives the bytes again of each object of the block."""
 
     def scale(self, site: str, scale_N: np.ndarray, step: float) -> np.ndarray:
         """Store the scales of a site's rows; returns those that hold.
@@ -159,8 +182,8 @@ class BlockCommit:
     def record(self, statistics: Mapping[str, Statistics]) -> BlockRecord:
         """Commit the block; returns the record that holds: this one, or that of who was first.
 
-        Then whatever this writer met in the store is looked for once more and written again if it is
-        gone: a collector that saw no record of it may have removed it meanwhile.
+        Then every object of the block is looked for once more and written again if it is gone: a collector that saw no
+        record of it may have removed it meanwhile, however long the block took.
         """
         plan, place = self._plan, {self._path(path): i for i, path in enumerate(self._layout)}
         objects = tuple(sorted(self._objects, key=lambda o: (place[o.path], o.shard)))
@@ -170,15 +193,15 @@ class BlockCommit:
             self._store.create(record.key, data)
         except Conflict:
             record = self._other_record(record, data)
-        for shard in self._found:
-            if not self._store.exists(shard.key):
-                log.warning(
-                    "%s/%s vanished while its block was committed; writing it again",
-                    self._store.url,
-                    shard.key,
-                )
-                self._store.create(shard.key, shard.data)
+        self._each(self._look_again, list(self._stored))
         return record
+
+    def _look_again(self, key: str) -> None:
+        if not self._store.exists(key):
+            log.warning(
+                "%s/%s vanished while its block was committed; writing it again", self._store.url, key
+            )
+            self._store.create(key, self._stored[key]())
 
     def _other_record(self, ours: BlockRecord, data: bytes) -> BlockRecord:
         """What another harvester committed; ours (`data`) in place of a damaged record."""
@@ -206,8 +229,10 @@ class BlockCommit:
         self._objects.append(
             ObjectRecord(self._path(path), number, len(shard.data), offsets, sizes, checksums, constant)
         )
-        if not shard.ours:
-            self._found.append(shard)
+        # bytes that another writer encoded may not come out again; ours do, and need not be kept meanwhile
+        array = self._layout[path]
+        again = partial(_encoded, rows, array) if shard.ours else partial(bytes, shard.data)
+        self._stored[shard.key] = again
 
     def _sequence_shards(self, tokens: "TokenStore") -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """The shards by sequence that this block writes: those whose first sequence has its first row here."""

@@ -10,7 +10,6 @@ import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,22 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 from .catalog import blocks_asked, coverage, find_dataset
 from .codec import Precision
-from .commit import create_exact_shard
 from .committed import Committed
 from .corpus import TokenStore, in_order, open_tokens, tokenise, tokens_identity
 from .dispatch import Drain, Monitor, work_off
 from .engines import Engine, LocalEngine, Unit
 from .errors import Conflict, Drained, HarvestError, SpecError
 from .harvester import Job
-from .layout import derived_arrays, derived_key, read_calibration, zarr_metadata
 from .lease import Lease
 from .manifest import (
     SPLITS,
-    Manifest,
     latest_version,
     read_manifest,
     record_key,
 )
+from .metadata import metadata_is_current, write_metadata
+from .probe import require_conditions
 from .progress import format_bytes
 from .ray_engine import RayEngine, in_a_cluster, ray_map
 from .sources import ResolvedCorpus, resolve_corpus
@@ -51,7 +49,6 @@ _COMPACT_EVERY_SHARE = (
     0.01  # of the time run: a month is then 700 versions, one page of a listing, not 43,000
 )
 _COMPACT_EVERY_BLOCKS = 1000
-_METADATA_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -227,10 +224,13 @@ def harvest(
     found = find_dataset(base, resolved.id)
     name = found or dataset_name(resolved.identity, spec.corpus.source)
     store = base.sub(name)
-    _claim(store, resolved)  # also shows at once whether the root can be written
+    is_there = _is_there(base, store, resolved)
+    if not is_there:
+        require_conditions(base)  # also shows at once whether the root can be written
+    _claim(store, resolved)
     encode = ray_map if engine == "ray" and in_a_cluster() else in_order
     # a hit neither waits for another harvest nor keeps one waiting
-    with nullcontext() if _is_there(base, store, resolved) else Lease(base, name):
+    with nullcontext() if is_there else Lease(base, name):
         tokens = tokenise(spec, resolved.corpus, resolved.tokenizer, base, run=encode, progress=progress)
         job = resolved.job(
             store.url,
@@ -296,8 +296,8 @@ def harvest_missing(
     missing = state.missing()
     if state.covered():
         assert state.manifest is not None
-        if not _metadata_is_current(store, state.manifest):
-            _write_metadata(store, set())  # a driver died between its manifest and the Zarr metadata
+        if not metadata_is_current(store, state.manifest):
+            write_metadata(store, set())  # a driver died between its manifest and the Zarr metadata
         log.info("cache hit: %s holds all that was asked for, nothing to compute", store.url)
         return
     log.info("%s: %d of %d blocks to harvest", store.url, len(missing), sum(wanted.values()))
@@ -352,7 +352,7 @@ def _run(
             now = time.monotonic()
             if _version_due(now - last_compact, now - begun, state.n_waiting):
                 state.commit({}, {})
-                _write_metadata(state.store, derived)
+                write_metadata(state.store, derived)
                 last_compact = now
     provenance = {
         **_provenance(job, workers),
@@ -370,7 +370,7 @@ def _run(
         **monitor.summary(None if drain.asked else list(state.widths)),
     }
     state.commit({} if failed or drain.asked else pool.fidelity(state.unmeasured()), provenance)
-    _write_metadata(state.store, derived)
+    write_metadata(state.store, derived)
     if failed:
         names = ", ".join(f"{u[0]} block {u[1]}" for u, _ in failed[:5])
         more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
@@ -395,51 +395,6 @@ def _version_due(waited_s: float, run_s: float, n_waiting: int) -> bool:
     return n_waiting >= _COMPACT_EVERY_BLOCKS or waited_s > max(
         _COMPACT_EVERY_S, _COMPACT_EVERY_SHARE * run_s
     )
-
-
-def _write_metadata(store: Store, derived: set[str]) -> None:
-    """Bring offsets, rotations and `zarr.json` to the newest manifest; the root's `zarr.json` comes last.
-
-    `derived` has the offset and rotation arrays known to be there.
-
-    No shape ever shrinks, however late a driver's write comes: what it replaces was read before it saw
-    that its version is the newest, so it is of that version or an older one. Whoever commits a version
-    checks afterwards that none came meanwhile, so the last word is that of the newest version.
-    """
-    while True:
-        manifest = read_manifest(store)
-        for path, site, field, array in derived_arrays(manifest):
-            if path not in derived and not store.exists(derived_key(path, array)):
-                values = getattr(read_calibration(store, site), field)
-                create_exact_shard(store, path, 0, values, array)
-            derived.add(path)  # a rotation of d 4096 is 64 MiB
-        wanted = zarr_metadata(manifest)
-        # three requests an array: one by one those of 32 sites took 19 s of a minute (docs/scale.md)
-        with ThreadPoolExecutor(_METADATA_THREADS, thread_name_prefix="metadata") as pool:
-            found = dict(zip(wanted, pool.map(partial(_read_if_there, store), wanted), strict=True))
-            if latest_version(store) != manifest.version:
-                continue
-            inner = [key for key in wanted if key != "zarr.json"]
-            swapped = all(pool.map(partial(_replace, store, found, wanted), inner))
-        swapped = swapped and _replace(store, found, wanted, "zarr.json")
-        if swapped and latest_version(store) == manifest.version:
-            return
-
-
-def _replace(store: Store, found: Mapping[str, bytes | None], wanted: Mapping[str, bytes], key: str) -> bool:
-    return found[key] == wanted[key] or store.swap(key, found[key], wanted[key])
-
-
-def _metadata_is_current(store: Store, manifest: Manifest) -> bool:
-    """Whether the last write of `_write_metadata` for this version happened: one request."""
-    return _read_if_there(store, "zarr.json") == zarr_metadata(manifest)["zarr.json"]
-
-
-def _read_if_there(store: Store, key: str) -> bytes | None:
-    try:
-        return store.read(key)
-    except FileNotFoundError:
-        return None
 
 
 def _claim(store: Store, resolved: Resolved) -> None:

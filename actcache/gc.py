@@ -10,11 +10,13 @@ import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import BeingWritten, CorruptObject, FormatError, NotADataset
 from .layout import array_layout, calibration_keys, zarr_metadata
+from .lease import Lease
 from .manifest import (
     SPLITS,
     BlockRecord,
@@ -24,7 +26,7 @@ from .manifest import (
 )
 from .progress import Progress
 from .segment_files import open_segment_file, segment_records
-from .store import Listed, Store, open_store
+from .store import Listed, Store, folder_of, open_store
 
 KEEP = 10
 """Manifest versions that are kept whatever their age."""
@@ -84,27 +86,31 @@ def collect_garbage(
     calibrations that no kept version names, and temporary files of killed writers. Records that no
     segment holds are committed work: they and what they name stay, whatever their age.
 
-    Nothing is removed while somebody seems to write. A harvest that begins during a collection may adopt
-    an old shard just before it is removed; do not start one meanwhile. A collection that notices says so.
+    Nothing is removed while somebody writes: it takes the lease that harvests take, so that one which begins meanwhile
+    waits, and refuses while a harvest renews it. A writer that had stalled for longer than a lease lasts looks for its
+    objects when it commits, and writes again what is gone.
 
     Raises:
         NotADataset: nothing committed there.
-        BeingWritten: a loose record or an unreferenced object is younger than `grace_s`, or appeared meanwhile.
+        BeingWritten: a harvest is running, or a loose record or an unreferenced object is younger than `grace_s`, or
+            appeared meanwhile.
         CorruptObject, FormatError: what is committed cannot be read; nothing was removed.
     """
     if keep < 1 or grace_s < 0:
         raise ValueError(f"keep is {keep} and grace {grace_s} s; keep at least 1 version, and 0 s or more")
     store = open_store(url, storage_options)
     read_manifest(store)  # before anything is written there
-    plan = _plan(store, _store_time(store), grace_s, keep)
-    doomed = [o for objects in plan.stages.values() for o in objects]
-    if not dry_run:
-        with Progress("gc", len(doomed), "objects", show=progress) as bar:
-            for objects in plan.stages.values():
-                if objects:
-                    _check_quiet(store, plan)
-                    _delete(store, objects, bar, in_order=objects is plan.stages["manifest versions"])
-        _check_survivors(store, plan, {o.key for o in doomed})
+    now_s = _store_time(store)
+    with _alone(store, storage_options, now_s):
+        plan = _plan(store, now_s, grace_s, keep)
+        doomed = [o for objects in plan.stages.values() for o in objects]
+        if not dry_run:
+            with Progress("gc", len(doomed), "objects", show=progress) as bar:
+                for objects in plan.stages.values():
+                    if objects:
+                        _check_quiet(store, plan)
+                        _delete(store, objects, bar, in_order=objects is plan.stages["manifest versions"])
+            _check_survivors(store, plan, {o.key for o in doomed})
     return {
         "url": store.url,
         "dry_run": dry_run,
@@ -123,6 +129,18 @@ def _store_time(store: Store) -> float:
         return next(o.modified_s for o in store.listing("_gc") if o.key == key)
     finally:
         store.delete(key)
+
+
+def _alone(
+    store: Store, storage_options: Mapping[str, Any] | None, now_s: float
+) -> AbstractContextManager[object]:
+    """The lease of the dataset, without which no harvest of it begins.
+
+    Raises:
+        BeingWritten: when it is entered, if a harvest is running.
+    """
+    place = folder_of(store.url, storage_options)
+    return nullcontext() if place is None else Lease(*place, now_s=now_s)
 
 
 def _plan(store: Store, now: float, grace_s: float, keep: int) -> _Plan:
@@ -254,6 +272,7 @@ class Removal:
     objects: Mapping[str, Sequence[Listed]]
     unknown: Sequence[str]
     """Keys that are not of the layout; kept."""
+    storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
 
 
 def plan_removal(url: str, storage_options: Mapping[str, Any] | None = None) -> Removal:
@@ -276,18 +295,23 @@ def plan_removal(url: str, storage_options: Mapping[str, Any] | None = None) -> 
         n_rows = {}
     objects["probe"] += store.leftovers()
     size = sum(o.size_bytes for every in objects.values() for o in every)
-    return Removal(store, store.url.rstrip("/").split("/")[-1], n_rows, size, objects, unknown)
+    name = store.url.rstrip("/").split("/")[-1]
+    return Removal(store, name, n_rows, size, objects, unknown, storage_options)
 
 
 def remove_dataset(removal: Removal, *, progress: bool = True) -> int:
     """Remove a dataset; returns how many objects went.
 
     Cut off anywhere, it leaves a dataset that reads as before or not at all, and a harvest of the same
-    Spec completes it correctly. Do not harvest it meanwhile.
+    Spec completes it correctly. A harvest that begins meanwhile waits.
+
+    Raises:
+        BeingWritten: a harvest of it is running; nothing was removed.
     """
     store, total = removal.store, sum(map(len, removal.objects.values()))
-    with Progress("rm", total, "objects", show=progress) as bar:
-        for kind in _REMOVAL_ORDER:
-            _delete(store, removal.objects[kind], bar, in_order=kind == "manifest")
-    store.prune()
+    with _alone(store, removal.storage_options, _store_time(store)):
+        with Progress("rm", total, "objects", show=progress) as bar:
+            for kind in _REMOVAL_ORDER:
+                _delete(store, removal.objects[kind], bar, in_order=kind == "manifest")
+        store.prune()
     return total

@@ -7,12 +7,13 @@ as encoded shards.
 Shapes: B sequences of an LM batch, T tokens, N rows, D = d_in.
 """
 
+import hashlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +24,14 @@ from .codec import Calibration, Precision, calibrate, decode, encode
 from .commit import OTHER_ROOT, BlockCommit, check_adopted
 from .corpus import TokenStore, kept_tokens, open_tokens
 from .errors import Conflict, HarvestError, NonFiniteActivation
-from .layout import calibration_key, create_calibration, read_calibration
+from .layout import (
+    calibration_json,
+    calibration_key,
+    create_calibration,
+    read_calibration,
+    rotation_bytes,
+    rotation_key,
+)
 from .manifest import BlockRecord
 from .order import permutation
 from .overlap import Room, Times, ahead
@@ -146,9 +154,10 @@ class Harvester:
         )
         self.on_device = self.lm.device.startswith("cuda")
         self.d_in = {site: site_width(self.lm.model, site) for site in job.sites}
+        self._start()
+        self._check_isolation()
         if job.compile:
             compile_around(self.lm.model, job.sites)
-        self._start()
 
     def _start(self) -> None:
         """What changes while it runs."""
@@ -157,10 +166,40 @@ class Harvester:
         self.times = Times()
         self._calibrations: dict[str, Calibration] = {}
         self._codecs: dict[str, DeviceCodec] = {}
+        self._held: dict[str, tuple[bytes, str | None]] = {}
+        """Of the calibrations in use: their bytes, and the key of the rotation if they have one."""
         self._lm_lock = threading.Lock()
         self._lm_thread = ThreadPoolExecutor(1, thread_name_prefix="lm")
         self._uploads = ThreadPoolExecutor(self.job.uploads, thread_name_prefix="upload")
         self._room = Room(self.job.buffer_bytes)
+
+    def _check_isolation(self) -> None:
+        """Refuse a kernel that mixes documents of one sequence, if they are to stay apart.
+
+        Each worker does so when it starts: the calibration, which is made once, says nothing of the kernels, GPUs and
+        versions of those who come later.
+        """
+        if self.tokens.identity["packing"] != "isolated":
+            return
+        from .capture import check_isolation
+
+        n = min(64, self.tokens.n_sequences("train"))
+        input_ids_ST, length_S = self.tokens.sequences("train", 0, n)
+        kept_ST = kept_tokens(input_ids_ST, length_S, self.tokens.identity["special_token_ids"])
+        sites = self.job.sites  # in forward order; what mixes somewhere shows in all that comes after it
+        chosen = dict.fromkeys((sites[0], sites[len(sites) // 2], sites[-1]))
+
+        def check(lm_batch: int) -> None:
+            check_isolation(
+                self.lm.model,
+                list(chosen),
+                context_size=self.tokens.context_size,
+                lm_batch=lm_batch,
+                causal=self.lm.is_causal,
+                token_ids=np.unique(input_ids_ST[kept_ST]).tolist(),
+            )
+
+        self._fitting(check)
 
     def close(self) -> None:
         """End the threads."""
@@ -169,8 +208,6 @@ class Harvester:
 
     def calibrate(self) -> None:
         """Create the calibration of every site that has none, from a fixed prefix of the train split."""
-        from .capture import check_isolation
-
         missing = [s for s in self.job.sites if not self.store.exists(calibration_key(s))]
         if not missing:
             return
@@ -179,8 +216,6 @@ class Harvester:
         n = min(n, self.tokens.n_sequences("train"))
         input_ids_ST, length_S = self.tokens.sequences("train", 0, n)
         position_ids_ST = self.tokens.position_ids("train", 0, n)
-        if position_ids_ST is not None:
-            check_isolation(self.lm.model, self.job.sites)
         kept_ST = kept_tokens(input_ids_ST, length_S, self.tokens.identity["special_token_ids"])
         parts: dict[str, list[np.ndarray]] = {site: [] for site in missing}
         for start, acts in self._forward(input_ids_ST, missing, length_S, position_ids_ST):
@@ -217,7 +252,8 @@ class Harvester:
         return width * (plan.n_rows * self.precision.dtype.itemsize + in_batches)
 
     def _run_block(self, plan: BlockPlan, sites: Sequence[str]) -> BlockRecord:
-        commit = BlockCommit(self.store, self.job.identity, plan, {site: self.d_in[site] for site in sites})
+        widths = {site: self.d_in[site] for site in sites}
+        commit = BlockCommit(self.store, self.job.identity, plan, widths, self._at_once)
         codes, scales, statistics = self._encode(plan, sites, {})
         with self.times.taking("store_s"):
             if self.precision.quantised:
@@ -241,9 +277,40 @@ class Harvester:
             if adopted:
                 statistics |= self._measure(plan, adopted, scales)
             self._at_once(lambda write: write(), commit.tokens(self.tokens))
+            self._at_once(self._hold_calibration, sites)
             record = commit.record(statistics)
+            self._at_once(self._hold_calibration, sites)
         self.times.add(blocks=1, rows=plan.n_rows, bytes=commit.size_bytes)
         return record
+
+    def _hold_calibration(self, site: str) -> None:
+        """The calibration that the block was encoded with is there: a collector may have removed it meanwhile.
+
+        Raises:
+            Conflict: another one was made since; the block's codes would be read by it.
+        """
+        calibration = self.calibration(site)
+        if site not in self._held:
+            rotation = rotation_bytes(calibration)
+            sha256 = None if rotation is None else hashlib.sha256(rotation).hexdigest()
+            self._held[site] = calibration_json(calibration, site), sha256 and rotation_key(site, sha256)
+        key, (ours, rotation_at) = calibration_key(site), self._held[site]
+        try:
+            there = self.store.read(key)
+        except FileNotFoundError:
+            there = None
+        if there is None or (rotation_at and not self.store.exists(rotation_at)):
+            log.warning("%s/%s vanished while it was in use; writing it again", self.store.url, key)
+            with suppress(Conflict):  # another writer was first: looked at below
+                create_calibration(self.store, calibration, site)
+            there = self.store.read(key)
+        if there != ours:
+            for known in (self._calibrations, self._codecs, self._held):
+                known.pop(site, None)
+            raise Conflict(
+                f"{self.store.url}/{key} is not the one that this block was encoded with: it was removed and made anew. "
+                "The block is computed again"
+            )
 
     def _at_once(self, work: Callable[[T], Any], items: Sequence[T]) -> list[Any]:
         """`work` on each, in the upload threads; every one has ended before the first error is raised."""

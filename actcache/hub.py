@@ -1,33 +1,30 @@
 """Whole datasets copied to another place, such as a Hugging Face dataset repository, with a card.
 
-What is copied is one manifest version: the objects that it names, its metadata and, last of all, the
-manifest, so that nobody sees a part of it. The copy reads like the original; it holds no harvest in
-progress. Any fsspec URL will do: `hf://datasets/USER/NAME`, `s3://...`, a directory.
+What is copied is one manifest version: the objects that it names, then the manifest, so that nobody sees a part of it. A
+copy reads like the original; it holds no harvest in progress. It goes to an empty place, or on top of an older
+version of the same dataset: two harvests of one Spec may differ in rounding, and shards of both together would be neither.
+Any fsspec URL will do: `hf://datasets/USER/NAME`, `s3://...`, a directory. `actcache.target` writes.
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Set
 from functools import partial
 from typing import Any
 
-import fsspec
+import numpy as np
 
-from .errors import Conflict, CorruptObject, StoreError
-from .layout import calibration_keys, derived_arrays, derived_key, zarr_metadata
+from .card import dataset_card
+from .errors import Conflict, CorruptObject
+from .layout import calibration_key, calibration_keys, derived_arrays, derived_key
 from .reader import Dataset, open_dataset
-from .retry import client_errors
 from .shard import shard_key
+from .spec import digest
 from .store import Store
+from .tables import ShardTable
+from .target import CARD, Target, target_at
 
-_THREADS = 8
-_COMMIT_BYTES = 256 * 10**6
-_COMMIT_OBJECTS = 1000
-_Object = tuple[str, Callable[[], bytes]]
-"""A key, and what reads the bytes."""
-_SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
-_LARGE = ("10B<n<100B", "100B<n<1T", "n>1T")
+log = logging.getLogger(__name__)
 
 
 def push(
@@ -35,35 +32,47 @@ def push(
 ) -> Dataset:
     """Copy the pinned version of a dataset, all its splits, to `url`, and open it there.
 
-    Objects that are there in full size are passed over, so a push that was cut off goes on. With `card`,
-    a `README.md` that Hugging Face shows is written from the manifest. The repository of a `hf://` URL
-    must be there; it gets a commit for every 256 MB.
+    `url` must hold nothing, a part of this copy (a push that was cut off goes on) or an older version of the same
+    harvest, which stays readable. Nothing that is there is overwritten. With `card`, a `README.md` that Hugging Face
+    shows is written from the manifest, unless somebody else's is there. The repository of a `hf://` URL must exist; it
+    gets a commit for every 256 MB.
 
     Raises:
-        Conflict: another dataset is there.
+        Conflict: something else is there: another dataset, another harvest of the same Spec, a newer version.
         CorruptObject: an object of the source is missing or has another size than committed.
         StoreError: the target refused.
     """
     shared, manifest = dataset._shared, dataset.manifest
-    target = _Target(url, storage_options)
-    identity, there = shared.store.read("_identity.json"), target.sizes()
-    if "_identity.json" in there and target.read("_identity.json") != identity:
-        raise Conflict(f"{url} holds another dataset; choose an empty place")
+    target = target_at(url, storage_options)
+    there = target.sizes()
+    older = _older_version(dataset, target, there, storage_options)
+    known = _known(dataset, older, target, there)
 
-    def objects() -> Iterator[_Object]:
-        yield "_identity.json", partial(bytes, identity)
-        for key, size_bytes in _objects(dataset):
-            if size_bytes is None or there.get(key) != size_bytes:
+    def missing(objects: Iterator[tuple[str, int | None]]) -> Iterator[tuple[str, Callable[[], bytes]]]:
+        for key, size_bytes in objects:
+            if key in known and there[key] == size_bytes:
+                continue
+            if key not in there:
                 yield key, partial(_read, shared.store, key, size_bytes)
+            elif target.read(key) != _read(shared.store, key, size_bytes):
+                raise target.conflict(key)
 
-    target.write(objects())
-    last = zarr_metadata(manifest) | ({"README.md": dataset_card(dataset).encode()} if card else {})
-    target.write((key, partial(bytes, data)) for key, data in last.items())
-    target.write([(manifest.key, manifest.to_json)])
+    target.create(missing(_heads(dataset)))
+    target.create(missing(_shards(dataset)))
+    target.publish(manifest, _read(shared.store, manifest.key), _card(dataset, older, target, there, card))
     return open_dataset(url, version=manifest.version, storage_options=storage_options)
 
 
-def _read(store: Store, key: str, size_bytes: int | None) -> bytes:
+def pull(url: str, directory: str, *, storage_options: Mapping[str, Any] | None = None) -> Dataset:
+    """Copy the newest version of the dataset at `url` to a local directory, and open it there.
+
+    Raises:
+        Conflict: the directory holds something else than a part or an older version of it; see `push`.
+    """
+    return push(open_dataset(url, storage_options=storage_options), directory, card=False)
+
+
+def _read(store: Store, key: str, size_bytes: int | None = None) -> bytes:
     try:
         data = store.read(key)
     except FileNotFoundError:
@@ -73,146 +82,137 @@ def _read(store: Store, key: str, size_bytes: int | None) -> bytes:
     return data
 
 
-class _Target:
-    """A place that a dataset is copied to, by fsspec; the client's errors come out as StoreError."""
+# What may be there
 
-    def __init__(self, url: str, storage_options: Mapping[str, Any] | None) -> None:
-        self.url = url.rstrip("/")
-        self._fs, self._root = fsspec.core.url_to_fs(self.url, **(storage_options or {}))
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every object that is there, by key."""
-        self._fs.invalidate_cache()
-        with self._errors(""):
-            found = self._fs.find(self._root, detail=True)
-        # the root may be spelled in another way: made absolute, or with a revision
-        start = len(self._fs._strip_protocol(self._root)) + 1
-        return {path[start:]: entry["size"] for path, entry in found.items()}
+def _older_version(
+    dataset: Dataset, target: Target, there: Mapping[str, int], options: Mapping[str, Any] | None
+) -> Dataset | None:
+    """The version that the target holds, none if it holds none yet.
 
-    def read(self, key: str) -> bytes:
-        with self._errors(key):
-            return self._fs.cat_file(f"{self._root}/{key}")
-
-    def write(self, objects: Iterable[_Object]) -> None:
-        """Store objects; all are there when this returns."""
-        if "hf" not in self._fs.protocol:
-            with ThreadPoolExecutor(_THREADS) as pool:
-                list(pool.map(lambda item: self._write(item[0], item[1]()), objects))
-            return
-        group: list[tuple[str, bytes]] = []
-        for key, read in objects:
-            group.append((key, read()))
-            if sum(len(data) for _, data in group) >= _COMMIT_BYTES or len(group) == _COMMIT_OBJECTS:
-                self._commit(group)
-                group = []
-        if group:
-            self._commit(group)
-
-    def _write(self, key: str, data: bytes) -> None:
-        path = f"{self._root}/{key}"
-        with self._errors(key):
-            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            self._fs.pipe_file(path, data)
-
-    def _commit(self, group: Sequence[tuple[str, bytes]]) -> None:
-        """One commit of a Hugging Face repository: the Hub takes few of them an hour, one at a time."""
-        from huggingface_hub import CommitOperationAdd, HfApi
-
-        with self._errors(group[0][0]):
-            there = self._fs.resolve_path(self._root)
-            folder = f"{there.path_in_repo}/" if there.path_in_repo else ""
-            HfApi(endpoint=self._fs.endpoint, token=self._fs.token).create_commit(
-                there.repo_id,
-                [CommitOperationAdd(f"{folder}{key}", data) for key, data in group],
-                commit_message=f"actcache push: {len(group)} objects",
-                repo_type=there.repo_type,
-                revision=there.revision,
+    Raises:
+        Conflict: `dataset` is not a continuation of what is there.
+    """
+    manifest, store = dataset.manifest, dataset._shared.store
+    if "_identity.json" in there and target.read("_identity.json") != _read(store, "_identity.json"):
+        raise Conflict(f"{target.url} holds another dataset; choose an empty place")
+    versions = [int(m[1]) for key in there if (m := re.fullmatch(r"_manifest/(\d{8})\.json", key))]
+    records = {key for key in there if key.startswith("_records/")}
+    if not versions:
+        foreign = records | {key for key in there if key.endswith("zarr.json")}
+        if foreign:
+            raise Conflict(
+                f"{target.url} holds no version of a dataset, but {min(foreign)}: a harvest in progress, or what is left "
+                "of other data. It is left as it is; choose an empty place"
             )
-            self._fs.invalidate_cache()
+        return None
+    newest = max(versions)
+    if newest > manifest.version:
+        raise Conflict(
+            f"{target.url} holds version {newest}, newer than version {manifest.version} of {store.url}. Nothing was "
+            "written; choose an empty place"
+        )
+    older = open_dataset(target.url, version=newest, storage_options=options)
+    if newest == manifest.version and target.read(manifest.key) != _read(store, manifest.key):
+        raise target.conflict(manifest.key)
+    if differs := _differs(older, dataset):
+        raise target.conflict(differs)
+    if loose := records - {record.key for record in older._shared.records}:
+        raise Conflict(
+            f"{target.url} holds blocks of a harvest that goes on there ({min(loose)}). Finish that harvest, or choose an "
+            "empty place"
+        )
+    return older
 
-    @contextmanager
-    def _errors(self, key: str) -> Iterator[None]:
-        try:
-            yield
-        except client_errors() as err:
-            raise StoreError(
-                f"{self.url}/{key}: {err}. Check the URL and permissions; then push again"
-            ) from err
+
+def _differs(older: Dataset, newer: Dataset) -> str:
+    """The first thing that `older` names and `newer` does not name with the same bytes; "" if there is none."""
+    for site, extent in older.manifest.sites.items():
+        ours = newer.manifest.sites.get(site)
+        if ours is None or ours.calibration_sha256 != extent.calibration_sha256:
+            return calibration_key(site)
+    for split in older.manifest.splits:
+        tables = newer._shared.tables(split)
+        for path, table in older._shared.tables(split).items():
+            if path not in tables:
+                return path
+            shard = _first_difference(table, tables[path])
+            if shard is not None:
+                return shard_key(path, shard, _ndim(older, path))
+    return ""
 
 
-def pull(url: str, directory: str, *, storage_options: Mapping[str, Any] | None = None) -> Dataset:
-    """Copy the newest version of the dataset at `url` to a local directory, and open it there."""
-    return push(open_dataset(url, storage_options=storage_options), directory, card=False)
+def _first_difference(older: ShardTable, newer: ShardTable) -> int | None:
+    """The first shard that has other bytes, or that `newer` does not have."""
+    n = min(len(older.size_bytes), len(newer.size_bytes))
+    same_N = older.size_bytes[:n] == newer.size_bytes[:n]
+    for name in ("chunk_offset", "chunk_nbytes", "chunk_crc32c"):
+        same_N &= (getattr(older, name)[:n] == getattr(newer, name)[:n]).all(axis=1)
+    same_N &= (older.constant[:n] == newer.constant[:n]) | np.isnan(older.constant[:n]) & np.isnan(
+        newer.constant[:n]
+    )
+    different = np.flatnonzero(~same_N)
+    if len(different):
+        return int(different[0])
+    return n if n < len(older.size_bytes) else None
 
 
-def _objects(dataset: Dataset) -> Iterator[tuple[str, int | None]]:
-    """Key and committed size of everything a version needs but its JSON; size None where none is recorded."""
-    manifest = dataset.manifest
-    for split in manifest.splits:
-        part = dataset.split(split)
-        for table in part._tables.values():
-            ndim = 1 + len(part._layout[table.path.partition("/")[2]]["row"])
-            for shard, size_bytes in enumerate(table.size_bytes.tolist()):
-                yield shard_key(table.path, shard, ndim), size_bytes
-    for path, _, _, array in derived_arrays(manifest):
-        yield derived_key(path, array), None
-    for site in manifest.sites:
+def _known(dataset: Dataset, older: Dataset | None, target: Target, there: Mapping[str, int]) -> Set[str]:
+    """Keys of shards that are there with the source's bytes, known without reading them.
+
+    An older version vouches for those that it names. So do the segments of this one, which a push stores before any
+    shard, if they are all there, no other push's are and no harvest has run there.
+    """
+    if older is not None and older.manifest.version == dataset.manifest.version:
+        return there.keys()
+    ours, others = (
+        {file.key for segment in (d.manifest.segments if d else ()) for file in segment.files}
+        for d in (dataset, older)
+    )
+    if ours <= there.keys() and not target.harvested(digest(dataset.manifest.identity["tokens"])):
+        # listed anew: another push may have begun, and its segments come before its shards
+        segments = {key for key in target.sizes() if key.startswith("_segments/")}
+        if segments - ours <= others:
+            return there.keys()
+    return {key for key, _ in _shards(older)} & there.keys() if older else frozenset()
+
+
+def _card(
+    dataset: Dataset, older: Dataset | None, target: Target, there: Mapping[str, int], asked: bool
+) -> bytes | None:
+    """The card to write; None if there is to be none, or somebody wrote one."""
+    if not asked:
+        return None
+    card = dataset_card(dataset).encode()
+    if CARD in there and target.read(CARD) not in (card, dataset_card(older).encode() if older else card):
+        log.warning("%s/%s was not written by a push; it is left as it is", target.url, CARD)
+        return None
+    return card
+
+
+# What is copied
+
+
+def _ndim(dataset: Dataset, path: str) -> int:
+    return 1 + len(dataset._shared.layout[path.partition("/")[2]]["row"])
+
+
+def _heads(dataset: Dataset) -> Iterator[tuple[str, int | None]]:
+    """Keys of what says what the shards are: identity, calibrations, segments; no size is recorded of them."""
+    yield "_identity.json", None
+    for site in dataset.manifest.sites:
         for key in calibration_keys(dataset._shared.store, site):
             yield key, None
-    for segment in manifest.segments:
+    for segment in dataset.manifest.segments:
         for file in segment.files:
             yield file.key, None
 
 
-def dataset_card(dataset: Dataset) -> str:
-    """The README.md of a dataset: a YAML header as Hugging Face reads it, then what is stored and how to read it."""
-    manifest, spec = dataset.manifest, dataset.spec
-    n_rows = sum(size["n_rows"] for size in manifest.splits.values())
-    size = (*_SIZES, *_LARGE)[min(max(0, len(str(n_rows)) - 3), 10)]
-    header = {
-        "pretty_name": f"Activations of {spec.model}",
-        "size_categories": [size],
-        "tags": ["activations", "sparse-autoencoder", "interpretability", "actcache", "zarr"],
-        "viewer": False,
-    }
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", ""]
-    lines += [f"# Activations of {spec.model}", ""]
-    lines += [
-        f"Activations of `{spec.model}` (revision `{spec.model_revision}`, run in "
-        f"{manifest.identity['model']['lm_dtype']}) on `{spec.corpus}`, context {spec.context_size}, one row a "
-        f"token, globally shuffled. Stored as `{spec.precision}` in plain Zarr v3 by actcache; dataset "
-        f"`{dataset.id[:12]}`, version {manifest.version}.",
-        "",
-        "| split | rows | sequences |",
-        "|---|---|---|",
-    ]
-    lines += [f"| {s} | {n['n_rows']:,} | {n['n_sequences']:,} |" for s, n in manifest.splits.items()]
-    lines += ["", "| site | width | mean norm | FVU of storing | bits per value |", "|---|---|---|---|---|"]
-    for site in dataset.sites:
-        stats = dataset.split("train").stats(site)
-        lines.append(
-            f"| {site} | {dataset.d_in(site)} | {stats['mean_norm']:.4g} | {stats['fvu_core']:.2e} | "
-            f"{stats['bits_per_value']:.2f} |"
-        )
-    site = dataset.sites[0]
-    lines += [
-        "",
-        "```python",
-        "import actcache",
-        "",
-        'ds = actcache.open("hf://datasets/USER/NAME")  # or wherever this directory is',
-        f'for batch in ds.stream("{site}", batch_size=4096):',
-        f'    acts = batch["{site}"]',
-        "```",
-        "",
-        "Or with `zarr` alone; the group's attributes have the line that decodes it:",
-        "",
-        "```python",
-        "import zarr",
-        "",
-        f'site = zarr.open_group(path, mode="r")["train"]["{site}"]',
-        'print(site.attrs["actcache"]["decode"])',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+def _shards(dataset: Dataset) -> Iterator[tuple[str, int | None]]:
+    """Key and committed size of every shard of a version; size None where none is recorded."""
+    for split in dataset.manifest.splits:
+        for path, table in dataset._shared.tables(split).items():
+            for shard, size_bytes in enumerate(table.size_bytes.tolist()):
+                yield shard_key(path, shard, _ndim(dataset, path)), size_bytes
+    for path, _, _, array in derived_arrays(dataset.manifest):
+        yield derived_key(path, array), None

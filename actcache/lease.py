@@ -1,6 +1,6 @@
-"""One harvest of a dataset at a time: the others wait, and go on where it dies.
+"""One harvest of a dataset at a time: the others wait, and go on where it dies. Whoever removes objects holds it too.
 
-Nothing hangs on it but time. The commit protocol holds for any number of writers (docs/format.md,
+Correctness does not depend on it. The commit protocol holds for any number of writers (docs/format.md,
 "Commit protocol"); without the lease two drivers would compute each block twice. It is an object beside
 the dataset, `_harvests/<name>.json`, that its holder rewrites every few seconds. Who waits judges by its own
 clock whether that goes on, so clocks need not agree.
@@ -16,7 +16,7 @@ import uuid
 from types import TracebackType
 from typing import Any
 
-from .errors import StoreError
+from .errors import BeingWritten, StoreError
 from .store import Store
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,12 @@ class Lease:
     the dataset comes out the same.
     """
 
-    def __init__(self, base: Store, name: str) -> None:
-        self._base, self._key = base, f"{FOLDER}/{name}.json"
+    def __init__(self, base: Store, name: str, *, now_s: float | None = None) -> None:
+        """Args:
+        now_s: the time by the store's clock. If given, nobody is waited for: entering raises BeingWritten if
+            the lease was renewed within `DEAD_AFTER_S` of it.
+        """
+        self._base, self._key, self._now_s = base, f"{FOLDER}/{name}.json", now_s
         self._us = {"run": uuid.uuid4().hex, "since": time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime())}
         self._us |= _this_process()
         self._beats = 0
@@ -45,7 +49,10 @@ class Lease:
         self._over = threading.Event()
 
     def __enter__(self) -> "Lease":
-        self._acquire()
+        if self._now_s is None:
+            self._acquire()
+        else:
+            self._take_or_refuse(self._now_s)
         self._thread = threading.Thread(target=self._renew, name="harvest-lease", daemon=True)
         self._thread.start()
         return self
@@ -67,10 +74,10 @@ class Lease:
             holder = parse_lease(found)
             now = time.monotonic()
             if now - since > DEAD_AFTER_S or _is_dead(holder):
-                log.info("the harvest by %s has died; going on with it", _named(holder))
+                log.info("%s has died; going on with its harvest", _named(holder))
                 break
             if not reminded or now - reminded > _REMIND_S:
-                log.info("another harvest of this dataset is running, by %s; waiting for it", _named(holder))
+                log.info("another run works on this dataset: %s; waiting for it", _named(holder))
                 reminded = now
             time.sleep(_POLL_S)
             again = self._read()
@@ -78,6 +85,26 @@ class Lease:
                 found, since = again, time.monotonic()
         if not self._write(found):
             self._acquire()  # another one that waited was faster
+
+    def _take_or_refuse(self, now_s: float) -> None:
+        found = self._read()
+        holder = parse_lease(found or b"")
+        if found is not None and not _is_dead(holder):
+            # listed after it was read: a lease that is renewed meanwhile looks younger, never older
+            renewed_s = max(
+                (o.modified_s for o in self._base.listing(FOLDER) if o.key == self._key), default=now_s
+            )
+            if now_s - renewed_s < DEAD_AFTER_S:
+                raise BeingWritten(self._busy(holder))
+        if not self._write(found):
+            raise BeingWritten(self._busy(parse_lease(self._read() or b"")))
+
+    def _busy(self, holder: dict[str, Any]) -> str:
+        name = self._key.removeprefix(f"{FOLDER}/").removesuffix(".json")
+        return (
+            f"{self._base.url}/{name} is being written by {_named(holder)}. Wait until that has ended, or stop it; a run that "
+            f"died is over {DEAD_AFTER_S:.0f} s after its last sign of life"
+        )
 
     def _renew(self) -> None:
         while not self._over.wait(BEAT_S):

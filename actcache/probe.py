@@ -1,7 +1,7 @@
-"""Whether this machine can do the work: `actcache check` tries what a harvest needs, before it is begun.
+"""Whether this machine and the store can do the work: `actcache check` tries what a harvest needs, before it is begun.
 
-Each check tries the real thing: objects are created under the root's `_checks/` and removed again. A check that
-fails says what was found and what helps; none of them raises.
+Each harvest tries the conditions of the store itself (`require_conditions`). Each check of `run_checks` tries the real thing: objects are created under the root's `_checks/` and removed again. A check that
+fails says what was found and what helps; none of those raises.
 """
 
 import importlib.metadata
@@ -14,7 +14,8 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from .errors import ActcacheError
+from .errors import ActcacheError, StoreError
+from .lease import FOLDER
 from .progress import format_bytes
 from .store import Store, open_store
 
@@ -22,6 +23,10 @@ MOST_SKEW_S = 60.0
 """Signed requests to S3 are refused at 900 s; leases and `gc` judge ages of about a minute."""
 _LEAST_FREE_BYTES = 2**30
 
+_OTHER_STORE = (
+    "use a store that honours If-None-Match and If-Match (S3, R2, a current MinIO; GCS by gs://, not through its S3 "
+    "interface), or a local disk and then hub.push: two writers could overwrite each other's blocks here"
+)
 Check = dict[str, Any]
 
 
@@ -49,6 +54,22 @@ def run_checks(
     if model is not None:
         found.append(_model(model, revision))
     return found
+
+
+def require_conditions(root: Store) -> None:
+    """Try on a small object, which is removed again, that no writer can overwrite another's; some seven requests.
+
+    Raises:
+        StoreError: says what the store lacks, and which do not.
+    """
+    key, content = f"{FOLDER}/{uuid.uuid4().hex}.probe", b"whether this store keeps conditions"
+    root.create(key, content)
+    try:
+        ignored = root.ignored_condition(key, content)
+    finally:
+        root.delete(key)
+    if ignored:
+        raise StoreError(f"{root.url} {ignored}. Nothing was written; {_OTHER_STORE}")
 
 
 def _check(name: str, ok: bool, found: str, fix: str = "") -> Check:
@@ -80,7 +101,7 @@ def _store_checks(root: str, storage_options: Mapping[str, Any] | None) -> Itera
     yield _tried(
         "conditional put",
         lambda: _put_again(store, key),
-        "use a store that honours If-None-Match (S3, MinIO, R2, GCS): two runs at once could overwrite blocks here",
+        _OTHER_STORE,
     )
     yield _tried(
         "list and clock",
@@ -110,6 +131,8 @@ def _put(store: Store, key: str) -> str:
 def _put_again(store: Store, key: str) -> str:
     if store.swap(key, None, b"another") or store.read(key) != b"0123456789":
         raise _Unmet("an object was overwritten although it had to be absent")
+    if ignored := store.ignored_condition(key, b"0123456789"):
+        raise _Unmet(f"the store {ignored}")
     return "refused where an object is, as it must be"
 
 

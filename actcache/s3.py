@@ -4,8 +4,10 @@ Owns what differs on S3 from other fsspec file systems; `store.py` says what a s
 """
 
 import asyncio
+import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 import fsspec
@@ -16,6 +18,11 @@ from .store import ABSENT, ObjectStore
 
 T = TypeVar("T")
 
+_CONDITIONS = (
+    ("PutObject", "IfNoneMatch"),
+    ("PutObject", "IfMatch"),
+    ("CompleteMultipartUpload", "IfNoneMatch"),
+)
 _SLOWEST_BYTES_PER_S = 100_000.0
 """A request that moves its bytes more slowly than this is cut off as stalled, and repeated."""
 
@@ -36,7 +43,7 @@ class S3Store(ObjectStore):
         }
         super().__init__(url, options, retry)
         self._fs.retries = 1  # s3fs's own loop around every request; the instance is ours by config_kwargs
-        self._connected = False
+        self._connected = self._keeps_conditions = False
         timeouts = options["config_kwargs"]
         # twice what each step may take: only a peer that stays just below those limits gets here
         self._attempt_s = 2.0 * sum(
@@ -104,7 +111,53 @@ class S3Store(ObjectStore):
         found = self._repeated(lambda: fsspec.asyn.sync(self._fs.loop, gathered), "")
         return [reply[0] if isinstance(reply, tuple) else None for reply in found]
 
+    def ignored_condition(self, key: str, content: bytes) -> str:
+        try:
+            if ignored := super().ignored_condition(key, content):
+                return ignored
+        except StoreError as err:
+            if err.__cause__ is not None and http_status(err.__cause__) == 501:
+                return f"has no conditional writes ({reason(err.__cause__)})"
+            raise
+        path = self._path(key)
+        _, etag = self._repeated(lambda: self._get(path, 0, None), key)
+        if etag is None:
+            return "names no content of an object (it sends no ETag)"
+        if self._repeated(lambda: self._put(path, content, f'"{"0" * 32}"'), key):
+            return "replaces an object that changed since it was read (it ignores If-Match)"
+        if not self._repeated(lambda: self._put(path, content, etag), key):
+            # equal bytes have an equal ETag, also if a reply was lost and this is the second attempt
+            return "refuses to replace an object that is as it was read (If-Match)"
+        return ""
+
+    def _check_client(self) -> None:
+        """Refuse to write with clients that drop the conditions of a write without a word: s3fs filters arguments.
+
+        Raises:
+            StoreError: names the versions that are too old.
+        """
+        if self._keeps_conditions:
+            return
+        service = self._fs.s3.meta.service_model
+        lost = [
+            f"{name} of {operation}"
+            for operation, name in _CONDITIONS
+            if name not in service.operation_model(operation).input_shape.members
+        ]
+        if "mode" not in inspect.signature(self._fs._pipe_file).parameters:
+            lost.append("exclusive creation")
+        if lost:
+            found = ", ".join(f"{name} {version(name)}" for name in ("s3fs", "aiobotocore", "botocore"))
+            raise StoreError(
+                f"{found}: these know nothing of {', '.join(lost)}, so a write would replace what another writer stored. "
+                "Nothing was written; pip install -U 's3fs>=2024.12' 'aiobotocore>=2.16'"
+            )
+        self._keeps_conditions = True
+
     def _put(self, path: str, data: bytes, condition: str | None) -> bool:
+        if condition is not None:
+            self._check_client()
+
         async def put(_: asyncio.Timeout) -> None:
             if condition == ABSENT:
                 await self._fs._pipe_file(path, data, mode="create")

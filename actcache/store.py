@@ -7,6 +7,7 @@ of remote stores are answered by `retry.py`; here is what a repeated or unanswer
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import threading
@@ -41,6 +42,8 @@ _TEMPORARY = ".actcache-tmp-"
 ABSENT = "absent"
 """The condition of a write that nothing is there."""
 _memory_lock = threading.Lock()
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""What linking a file of one's own gives where a file system has no hard links."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,24 @@ class Store(ABC):
     def sub(self, name: str) -> "Store":
         """The store of the folder `name` under this one."""
 
+    def ignored_condition(self, key: str, content: bytes) -> str:
+        """How this store would let writers overwrite each other, in words; "" if it would not.
+
+        Args:
+            key: of an object of the caller's own, which is overwritten if a condition is ignored.
+            content: of that object.
+
+        Raises:
+            StoreError: the store refused or failed.
+        """
+        try:
+            created = self.create(key, content + b" replaced")
+        except Conflict:
+            created = False
+        if created or self.read(key) != content:
+            return "replaces an object that had to be absent (on S3: it ignores If-None-Match)"
+        return ""
+
     def exists(self, key: str) -> bool:
         """Whether the object is there."""
         try:
@@ -178,6 +199,14 @@ def open_store(url: str | os.PathLike[str], storage_options: Mapping[str, Any] |
         return S3Store(text.rstrip("/"), options, retry)
     kind = MemoryStore if scheme == "memory" else ObjectStore
     return kind(text.rstrip("/"), options, retry)
+
+
+def folder_of(url: str, storage_options: Mapping[str, Any] | None = None) -> tuple[Store, str] | None:
+    """The store of the folder that an object or a dataset lies in, and its name there; None if it lies in none."""
+    folder, _, name = url.rstrip("/").rpartition("/")
+    if not name or not folder or folder.endswith("/"):
+        return None  # a bucket, or the root of a disk
+    return open_store(folder, storage_options), name
 
 
 def client_options(storage_options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -232,6 +261,13 @@ class LocalStore(Store):
                     if path.read_bytes() == data:
                         return False
                     raise _conflict(self.url, key) from None
+            except OSError as err:
+                if err.errno in _NO_LINKS:
+                    raise StoreError(
+                        f"{self.url} is on a file system without hard links ({err.strerror}), on which one writer could "
+                        "overwrite another. Use a local disk or an object store"
+                    ) from err
+                raise
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         with _store_errors(self.url, key), open(self._path(key), "rb") as file:

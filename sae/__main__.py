@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ if typing.TYPE_CHECKING:
     from .architectures import Architecture
     from .core import SAE
     from .presets import Preset
+    from .training import Training
 
 _LAZY_COMMANDS = {
     "eval": ("sae.evals.cli", "eval_command"),
@@ -124,7 +125,7 @@ def _choice_options() -> list[click.Parameter]:
             multiple=True,
             metavar="ARCH:KEY=VALUE,...",
             help="One SAE with all of its settings, e.g. topk:d_sae=6144,k=32,revive=ghost,lr=1e-4; repeat to train "
-            "several. Keys are the options below with _ for -, and lr, betas, eps, ... of this SAE alone; + joins "
+            "several. Keys are the options below with _ for -, and lr, seed, betas, eps, ... of this SAE alone; + joins "
             "the values of a list: prefixes=64+512.",
         ),
         click.Option(
@@ -182,6 +183,31 @@ def _run_options() -> list[click.Parameter]:
             "[default: cpu]",
         ),
         click.Option(
+            ["--workers"],
+            metavar="N",
+            help="Processes on the Ray cluster that RAY_ADDRESS names, else on this machine, e.g. 4; 2..8 begins with "
+            "at least 2 and takes up to 8 as they come. Default: this process, without Ray; or, under torchrun, its "
+            "processes.",
+        ),
+        click.Option(
+            ["--spread"],
+            metavar="WAY",
+            help="What the processes divide: latents, rows, saes (whole ones), or both of rows=2,latents=4. Default: saes "
+            "where there are as many as processes, else latents.",
+        ),
+        click.Option(
+            ["--gpus-per-worker"],
+            type=int,
+            metavar="N",
+            help="1: each worker has a GPU of its own. [default: 0]",
+        ),
+        click.Option(
+            ["--cpus-per-worker"],
+            type=int,
+            metavar="N",
+            help="CPUs that each worker reserves, and its threads. [default: 1]",
+        ),
+        click.Option(
             ["--log"],
             metavar="NAME,...",
             help="Curves for tensorboard, wandb or both, beside metrics.jsonl, in DIR/tensorboard and DIR/wandb. "
@@ -207,19 +233,30 @@ Examples:
       --k 16 --k 32 --d-sae 6144 --rows 20000000 --out runs/sweep
   python -m sae train --data acts/gpt2-ab12 --sae topk:d_sae=6144,k=32 \\
       --sae jumprelu:d_sae=6144,target_l0=32,lr=7e-5 --log tensorboard --out runs/two
+  python -m sae train --data acts/gpt2-ab12 --rung 5000000 --rung 10000000 --out runs/halved \\
+      --sae topk:d_sae=6144,k=32,lr=1e-4 --sae topk:d_sae=6144,k=32,lr=3e-4 --sae topk:d_sae=6144,k=32,lr=1e-3
   python -m sae train --data acts/gpt2-ab12 --start runs/x/topk-24576-32 --lr 1e-5 --out runs/tuned
   python -m sae train --config run.toml --out s3://bucket/runs/y
+  python -m sae train --data s3://bucket/acts/gpt2-ab12 --d-sae 131072 --k 32 --out s3://bucket/runs/z \\
+      --workers 4 --gpus-per-worker 1
 
-Each SAE ends up in DIR/<arch>-<d_sae>-<k or coefficient>: `sae.load` reads it, metrics.jsonl has
-its curves. Losses, coefficients and clip norm are of activations scaled as --input-scale says."""
+Each SAE ends up in DIR/<arch>-<d_sae>-<k or coefficient>, with more where that is not enough to tell it
+from the others (topk-6144-32-lr0.0003): `sae.load` reads it, metrics.jsonl has its curves. Losses,
+coefficients and clip norm are of activations scaled as --input-scale says."""
+
+
+_RANKS = ("workers", "spread", "gpus_per_worker", "cpus_per_worker")
+"""Arguments of `sae.train` for several processes."""
 
 
 def _train(config: Path | None, storage_options: dict[str, Any], json: bool, **options: Any) -> None:
     import actcache
 
+    from .distributed import one_voice
     from .inputs import checked_device
+    from .naming import run_names
     from .trackers import make_trackers
-    from .train import Training, run_names, train
+    from .train import Training, train
 
     given = {name: value for name, value in options.items() if value not in (None, ())}
     settings = _settings(config, given)
@@ -234,11 +271,14 @@ def _train(config: Path | None, storage_options: dict[str, Any], json: bool, **o
     training = replace(preset.training, **values) if preset else Training(**{**values, "n_rows": rows})
     sites = list(settings.get("site", ())) or [c.site for c in chosen if c.site]
     sites = list(dict.fromkeys(sites)) or _only_site(ds.sites, settings["data"])
-    saes = {
-        c if c.site else replace(c, site=where): start
+    placed = [
+        (c if c.site else replace(c, site=where), start)
         for where in sites
         for c, start in zip(chosen, started, strict=True)
-    }
+        if not c.site or where == sites[0]  # an SAE with a site of its own is there once
+    ]
+    run_names([c for c, _ in placed])  # refuses an SAE that is listed twice
+    saes = dict(placed)
     stream = ds.stream(
         sites,
         batch_size=settings.get("batch_size", preset.batch_size if preset else 4096),
@@ -247,17 +287,20 @@ def _train(config: Path | None, storage_options: dict[str, Any], json: bool, **o
         metadata=False,
         rotated=settings.get("rotated", False),
     )
-    train(
-        stream,
-        list(saes),
-        training,
-        start=list(saes.values()),
-        out=out,
-        log=settings.get("log", ()),
-        storage_options=storage_options,
-        device=device,
-    )
-    _show_results(out, run_names(list(saes)), storage_options, as_json=json)
+    with one_voice() as first:
+        train(
+            stream,
+            list(saes),
+            training,
+            start=list(saes.values()),
+            out=out,
+            log=settings.get("log", ()),
+            storage_options=storage_options,
+            device=device,
+            **{name: settings[name] for name in _RANKS if name in settings},
+        )
+    if first:
+        _show_results(out, list(saes), training, storage_options, as_json=json)
 
 
 def _settings(config: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,7 +310,7 @@ def _settings(config: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
     found = {"storage_options": {}, "training": {}} if config is None else read_file(config)
     found |= {
         name: given[name]
-        for name in ("data", "site", "out", "batch_size", "epochs", "rotated", "device")
+        for name in ("data", "site", "out", "batch_size", "epochs", "rotated", "device", *_RANKS)
         if name in given
     }
     if "log" in given:
@@ -344,24 +387,24 @@ def _only_site(sites: list[str], data: str) -> list[str]:
     return sites
 
 
-def _show_results(out: str, names: list[str], storage_options: Mapping[str, Any], as_json: bool) -> None:
-    from .rundir import last_metrics
+def _show_results(
+    out: str,
+    configs: "Sequence[Architecture]",
+    training: "Training",
+    storage_options: Mapping[str, Any],
+    as_json: bool,
+) -> None:
+    from .naming import run_names
+    from .results import ranked, results, table
 
-    results = [
-        {"path": f"{out.rstrip('/')}/{name}", **last_metrics(out, name, storage_options)} for name in names
-    ]
+    found = results(out, run_names(configs), storage_options)
     if as_json:
-        click.echo(json.dumps(results))
+        click.echo(json.dumps(found))
         return
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
-    for heading in ("SAE", "rows", "L0", "FVU (last batch)", "dead latents"):
-        table.add_column(heading, justify="left" if heading == "SAE" else "right", overflow="fold")
-    for r in results:
-        table.add_row(r["path"], f"{r['rows']:,}", f"{r['l0']:.1f}", f"{r['fvu']:.4f}", str(r["dead"]))
-    Console(highlight=False).print(table)
+    click.echo(f"{out.rstrip('/')}/")
+    Console(highlight=False).print(table([found[i] for i in ranked(found, configs, training)]))
 
 
 @cli.command("progress")

@@ -8,8 +8,8 @@ Under the run's directory, local or at any URL:
 Only a checkpoint with a `done.json` exists. It holds the JSON state and, for each file, its size, the
 crc32c of each block of 4 MiB, and for each tensor its place in the file and the rows of the whole tensor
 that it is. So a rank of any world size reads the rows that it needs, and every byte that it reads is
-checked. Objects are created and never overwritten; the checkpoint before is removed once the new one is
-complete. Parts are written by sae/checkpoint_writer.py. Never pickle, never `torch.load`.
+checked. Parts are written by sae/checkpoint_writer.py; which checkpoint is the newest, how one becomes complete
+and what may go is sae/checkpoint_folder.py's. Never pickle, never `torch.load`.
 """
 
 import json
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actcache.errors import Conflict, CorruptObject, FormatError, StoreError
+from actcache.errors import CorruptObject, FormatError
 from actcache.shard import crc32c
 
 from .tensors import DTYPES
@@ -37,8 +37,7 @@ FOLDER, DONE_FILE = "checkpoints", "done.json"
 BLOCK_BYTES = 4 << 20
 """What one checksum covers, and the least that is read."""
 _BLOCKS_AT_ONCE = 4  # of one read: 16 MiB
-_FILE_NAME = re.compile(r"part-([0-9a-z]+)-(\d{5,})-of-(\d{5,})-(\d{4,})\.safetensors")
-_OLD_FILES = re.compile(r"checkpoints/\d{16}\.safetensors")
+FILE_NAME = re.compile(r"part-([0-9a-z]+)-(\d{5,})-of-(\d{5,})-(\d{4,})\.safetensors")
 
 
 class TensorPlace(TypedDict):
@@ -74,131 +73,9 @@ class PartInfo(TypedDict):
     files: list[PartFile]
 
 
-def checkpoint_folder(rows: int) -> str:
+def folder_of(rows: int) -> str:
     """The folder of the checkpoint after `rows` rows; names sort as numbers."""
     return f"{FOLDER}/{rows:016d}"
-
-
-class Checkpoints:
-    """The checkpoints of a run: the newest, a new one, and what may go.
-
-    One process completes checkpoints, that of rank 0; others may look.
-    """
-
-    def __init__(self, store: "Store") -> None:
-        self.store = store
-        self._known: set[int] = set()
-
-    @property
-    def rows(self) -> int | None:
-        """Rows of the newest checkpoint that was found or completed."""
-        return max(self._known, default=None)
-
-    def newest(self) -> "StoredCheckpoint | None":
-        """The newest complete checkpoint.
-
-        Raises:
-            FormatError: another version wrote it.
-            CorruptObject: its `done.json` is damaged.
-        """
-        keys = [o.key for o in self.store.listing(FOLDER)]
-        old = [key for key in keys if _OLD_FILES.fullmatch(key)]
-        if old or self.store.exists("checkpoint.safetensors"):
-            raise FormatError(
-                f"{self.store.url} holds a checkpoint of an older format ({old[0] if old else 'checkpoint.safetensors'}); "
-                f"this version reads format {FORMAT}. Train into a new directory."
-            )
-        self._known = {rows for key in keys if (rows := _rows_of_done(key)) is not None}
-        if self.rows is None:
-            return None
-        key = f"{checkpoint_folder(self.rows)}/{DONE_FILE}"
-        where, data = f"{self.store.url}/{key}", self.store.read(key)
-        rows, state, files = _parse_done(where, data)
-        return StoredCheckpoint(self.store, rows, state, files)
-
-    def complete(self, rows: int, state: Mapping[str, Any], parts: Sequence[PartInfo]) -> None:
-        """Make the parts of all ranks a checkpoint, then remove older ones and what dead attempts left.
-
-        Raises:
-            Conflict: another process trains into the same directory.
-            StoreError: a part is not to be seen from here, or the store refused.
-        """
-        _check_ranks(parts, rows)
-        files = [file for part in parts for file in part["files"]]
-        StoredCheckpoint(self.store, rows, state, files)  # refuses parts that leave rows out
-        listed = {o.key: o.size_bytes for o in self.store.listing(FOLDER)}
-        self._refuse_others(listed)
-        folder = checkpoint_folder(rows)
-        for part in parts:
-            for file in part["files"]:
-                self._check_there(f"{folder}/{file['name']}", file["size_bytes"], part["rank"], listed)
-        try:
-            self.store.create(f"{folder}/{DONE_FILE}", _done_bytes(rows, state, files))
-        except Conflict as error:
-            raise self._conflict(folder) from error
-        self._known.add(rows)
-        self._sweep(rows, files, list(listed))
-        self._known = {rows}
-
-    def remove(self) -> None:
-        """Remove all checkpoints and what dead attempts left: the run is finished."""
-        keys = [o.key for o in self.store.listing(FOLDER) if _is_ours(o.key)] + self._temporary()
-        self._delete([key for key in keys if _rows_of_done(key) is not None])
-        self._delete([key for key in keys if _rows_of_done(key) is None])
-        self.store.sub(FOLDER).prune()
-        self._known = set()
-
-    def _refuse_others(self, listed: Mapping[str, int]) -> None:
-        """A checkpoint that this run did not complete is another process's."""
-        for key in listed:
-            rows = _rows_of_done(key)
-            if rows is not None and rows not in self._known:
-                raise self._conflict(checkpoint_folder(rows))
-
-    def _conflict(self, folder: str) -> Conflict:
-        return Conflict(
-            f"{self.store.url}/{folder} is a checkpoint of another process, which trains into the same "
-            "directory; end one of the two, then run the same again"
-        )
-
-    def _check_there(self, key: str, size: int, rank: int, listed: Mapping[str, int]) -> None:
-        if listed.get(key) == size:
-            return
-        try:  # a listing over NFS may be some seconds old; opening a file is not
-            if size and len(self.store.read(key, size - 1, size + 1)) == 1:
-                return
-        except FileNotFoundError:
-            pass
-        raise StoreError(
-            f"{self.store.url}/{key}, which rank {rank} wrote, is not there as seen by the process that completes "
-            "the checkpoint. Let all ranks write to one place (a shared file system or a URL), and only one run."
-        )
-
-    def _sweep(self, rows: int, files: Sequence[PartFile], listed: Sequence[str]) -> None:
-        """Remove what the complete checkpoint after `rows` makes needless.
-
-        Of each older checkpoint `done.json` goes first: without its parts it would be a checkpoint that
-        cannot be read, while parts without it are only bytes for the next sweep. Parts of another attempt
-        in a later folder are what a killed process wrote; temporary files there may be this run's own.
-        """
-        own = {f"{checkpoint_folder(rows)}/{file['name']}" for file in files}
-        attempts = {_attempt_of(key) for key in own}
-        gone = [key for key in listed if _is_ours(key) and key not in own]
-        gone = [key for key in gone if _rows_of(key) <= rows or _attempt_of(key) not in attempts]
-        gone += [key for key in self._temporary() if _rows_of(key) <= rows]
-        self._delete([key for key in gone if _rows_of_done(key) is not None])
-        self._delete([key for key in gone if _rows_of_done(key) is None])
-        for older in sorted({_rows_of(key) for key in gone} - {rows}):
-            self.store.sub(checkpoint_folder(older)).prune()
-
-    def _temporary(self) -> list[str]:
-        """Temporary files of writers that were killed."""
-        return [o.key for o in self.store.leftovers() if o.key.startswith(f"{FOLDER}/")]
-
-    def _delete(self, keys: Sequence[str]) -> None:
-        if keys:
-            with ThreadPoolExecutor(min(len(keys), self.store.concurrent_reads)) as pool:
-                list(pool.map(self.store.delete, keys))
 
 
 @dataclass(frozen=True)
@@ -234,7 +111,7 @@ class StoredCheckpoint(Mapping[str, Tensor]):
         self, store: "Store", rows: int, state: Mapping[str, Any], files: Sequence[PartFile]
     ) -> None:
         self.rows, self.state = rows, dict(state)
-        self.store, self._folder = store, checkpoint_folder(rows)
+        self.store, self._folder = store, folder_of(rows)
         self.where = f"{store.url}/{self._folder}"
         self._tensors = _assembled(self.where, files)
 
@@ -370,13 +247,7 @@ def _whole(what: str, parts: Sequence[tuple[PartFile, TensorPlace]]) -> _Whole:
     return _Whole(dtype, whole, row_shape, tuple(slices))
 
 
-def _check_ranks(parts: Sequence[PartInfo], rows: int) -> None:
-    world = len(parts)
-    assert sorted(part["rank"] for part in parts) == list(range(world)), "one part of each rank"
-    assert all(part["world"] == world and part["rows"] == rows for part in parts), "parts of one moment"
-
-
-def _done_bytes(rows: int, state: Mapping[str, Any], files: Sequence[PartFile]) -> bytes:
+def done_bytes(rows: int, state: Mapping[str, Any], files: Sequence[PartFile]) -> bytes:
     body = _canonical({"format": FORMAT, "rows": rows, "state": state, "files": files})
     return f'{body[:-1]},"crc32c":{crc32c(body.encode())}}}\n'.encode()
 
@@ -385,7 +256,7 @@ def _canonical(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def _parse_done(where: str, data: bytes) -> tuple[int, dict[str, Any], list[PartFile]]:
+def parse_done(where: str, data: bytes) -> tuple[int, dict[str, Any], list[PartFile]]:
     """Rows, state and files of a `done.json`.
 
     Raises:
@@ -412,7 +283,7 @@ def _parse_done(where: str, data: bytes) -> tuple[int, dict[str, Any], list[Part
 
 def _check_file(file: PartFile) -> None:
     """Raise ValueError for a file whose name leaves the folder, or with tensors outside its bytes."""
-    if not _FILE_NAME.fullmatch(file["name"]):
+    if not FILE_NAME.fullmatch(file["name"]):
         raise ValueError(f"file name {file['name']!r}")
     if len(file["crc32c"]) != -(-file["size_bytes"] // BLOCK_BYTES):
         raise ValueError(f"{file['name']} has {len(file['crc32c'])} checksums")
@@ -426,23 +297,3 @@ def _check_file(file: PartFile) -> None:
             or (whole is None) != (not shape)
         ):
             raise ValueError(f"{name} can not be at {dict(place)}")
-
-
-def _rows_of(key: str) -> int:
-    """Rows of the checkpoint that an object belongs to; -1 if it belongs to none."""
-    parts = key.split("/")
-    return int(parts[1]) if len(parts) == 3 and parts[1].isdecimal() else -1
-
-
-def _rows_of_done(key: str) -> int | None:
-    return _rows_of(key) if key.endswith(f"/{DONE_FILE}") and _rows_of(key) >= 0 else None
-
-
-def _is_ours(key: str) -> bool:
-    """Whether this module writes objects of that name; others stay."""
-    return _rows_of(key) >= 0 and (_attempt_of(key) is not None or _rows_of_done(key) is not None)
-
-
-def _attempt_of(key: str) -> str | None:
-    found = _FILE_NAME.fullmatch(key.rpartition("/")[2])
-    return found[1] if found else None

@@ -8,11 +8,10 @@ file by file, and no copy of the whole is made.
 
 import io
 import json
-import logging
 import re
 import secrets
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,13 +22,11 @@ from torch import Tensor
 from actcache.errors import Conflict, StoreError
 from actcache.shard import crc32c
 
-from .checkpoint import BLOCK_BYTES, PartFile, PartInfo, TensorPlace, checkpoint_folder
+from .checkpoint import BLOCK_BYTES, PartFile, PartInfo, TensorPlace, folder_of
 from .tensors import DTYPES
 
 if TYPE_CHECKING:
     from actcache.store import Store
-
-logger = logging.getLogger(__name__)
 
 FILE_BYTES = 128 << 20
 """Tensors in one file of a part; only a row that is larger makes a larger one."""
@@ -68,8 +65,8 @@ class CheckpointWriter:
         if not re.fullmatch("[0-9a-z]+", self.attempt):
             raise ValueError(f"attempt is {attempt!r}; it must be lower-case letters and digits")
         self._buffers: list[io.BytesIO] = []  # gives its memory as bytes without a copy
-        self._pool = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: Future[PartInfo] | None = None
+        self._pool = futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: futures.Future[PartInfo] | None = None
 
     @property
     def busy(self) -> bool:
@@ -113,8 +110,11 @@ class CheckpointWriter:
         Raises:
             StoreError: the store refused; the checkpoint before is intact.
         """
+        if self._pending is None:
+            return None
+        futures.wait([self._pending])  # Ctrl-C may end this: the part can still be asked for
         pending, self._pending = self._pending, None
-        return None if pending is None else pending.result()
+        return pending.result()
 
     def _write(self, rows: int, places: list[dict[str, TensorPlace]]) -> PartInfo:
         files: list[PartFile] = []
@@ -122,7 +122,7 @@ class CheckpointWriter:
             data = buffer.getvalue()
             name = f"part-{self.attempt}-{self.rank:05d}-of-{self.world:05d}-{i:04d}.safetensors"
             try:
-                self.store.create(f"{checkpoint_folder(rows)}/{name}", data)
+                self.store.create(f"{folder_of(rows)}/{name}", data)
             except Conflict:
                 raise
             except StoreError as error:

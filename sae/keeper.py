@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from actcache.errors import ActcacheError, Drained, RankFailed
 
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 MEETING_STEPS = 20
 """The most steps between meetings of several ranks."""
+
+T = TypeVar("T")
 
 State = Callable[[], dict[str, Any]]
 """The JSON state of a checkpoint; called on every rank."""
@@ -110,9 +112,19 @@ class Keeper:
             self.begin(rows)
 
     def meet_last(self) -> None:
-        """After the last step: raise on all ranks what one of them failed by."""
+        """After the last step, or at a rung: raise on all ranks what one of them failed by."""
         if self.group.numbers(self.failure is not None).any():
             self.raise_failure()
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` gives here; raises on all ranks what it raised on one of them."""
+        found: list[T] = []
+        try:
+            found = [work()]
+        except ActcacheError as error:
+            self.failure = error
+        self.meet_last()
+        return found[0]
 
     def begin(self, rows: int) -> None:
         """Copy this rank's part and write it in a thread; first complete the checkpoint before."""
@@ -121,9 +133,12 @@ class Keeper:
         if self._begun_rows is not None:
             self._finish_part()
         state = self._state()
-        self._begun_rows = rows
-        self._begun = self.directory.with_metrics(state) if self.group.rank == 0 and self.directory else None
+        begun = self.directory.with_metrics(state) if self.group.rank == 0 and self.directory else None
         self.writer.begin(self._pieces(), rows)
+        self._begun_rows, self._begun = (
+            rows,
+            begun,
+        )  # whole: what `keep` would complete, had an error come before
         self._schedule.begin(rows, time.monotonic())
 
     def save(self, rows: int) -> None:

@@ -28,7 +28,7 @@ if typing.TYPE_CHECKING:
 REPEATED = ("d_sae", "k", "l1_coefficient", "l0_coefficient", "target_l0")
 """Fields whose option may be repeated: every combination is trained."""
 _STRUCTURED = ("revive", "optimiser")
-_RENAMED = {"n_rows": "rows"}
+_RENAMED = {"n_rows": "rows", "rungs": "rung"}
 FILE_KEYS = (
     "data",
     "site",
@@ -37,6 +37,10 @@ FILE_KEYS = (
     "epochs",
     "rotated",
     "device",
+    "workers",
+    "spread",
+    "gpus_per_worker",
+    "cpus_per_worker",
     "preset",
     "start",
     "log",
@@ -167,6 +171,10 @@ def read_file(path: Path) -> dict[str, Any]:
         "epochs": int,
         "rotated": bool,
         "device": str,
+        "workers": int | str,
+        "spread": str,
+        "gpus_per_worker": int,
+        "cpus_per_worker": int,
         "site": tuple[str, ...],
         "start": tuple[str, ...],
         "log": tuple[str, ...],
@@ -387,7 +395,7 @@ def field_option(f: "Field[Any]", docs: Mapping[str, str], multiple: bool = Fals
     if multiple:
         help_text += " Repeat to train several."
     kind, extra = _click_type(f.type)
-    if f.default not in (MISSING, None):
+    if f.default not in (MISSING, None, ()):
         shown = f"{f.default:g}" if kind is float else str(f.default)
         help_text += f" [default: {shown}]"
     extra.setdefault("multiple", multiple)

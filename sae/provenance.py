@@ -32,7 +32,7 @@ def run_description(
         training: settings of all SAEs.
     """
     return {
-        "training": asdict(training),
+        "training": training_settings(training),
         "saes": {name: config_to_dict(config) for name, config in saes.items()},
         **({"start": dict(started)} if started else {}),
         "data": {
@@ -73,9 +73,17 @@ def sae_settings(
         "lr": learner.rules.lr,
         "input_scale_folded": learner.scale,
         **({"trained_rotated": True} if inputs.rotated else {}),
-        "training": json.loads(json.dumps(asdict(training))),
+        "training": training_settings(training),
         "actcache_version": _version(),
     }
+
+
+def training_settings(training: Training) -> dict[str, Any]:
+    """The run's settings as JSON; those of rungs only where there are rungs, as in runs before there were any."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(training)))
+    if not training.rungs:
+        del found["rungs"], found["rung_keep"]
+    return found
 
 
 def _version() -> str | None:

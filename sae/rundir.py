@@ -1,21 +1,20 @@
 """The directory of a training run: what it holds, whether it is the same run, how it goes on.
 
 A run directory holds `run.json`, while unfinished a checkpoint (sae/checkpoint.py), and for each SAE a
-directory `<architecture>-<d_sae>-<what controls its L0>` with `metrics.jsonl` and, once finished, the SAE
+directory (sae/naming.py) with `metrics.jsonl` and, once finished, the SAE
 itself. It is local or at any fsspec URL: sae/files.py has what differs. One process of a run writes; the
 other ranks of a distributed one only look, and write their parts of checkpoints.
 """
 
 import json
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from actcache.errors import Conflict, StoreError
 
-from .architectures import Architecture
-from .checkpoint import Checkpoints, PartInfo, StoredCheckpoint
+from .checkpoint import PartInfo, StoredCheckpoint
+from .checkpoint_folder import Checkpoints
 from .checkpoint_writer import CheckpointWriter
 from .core import SAE, load, parse_json
 from .files import run_files
@@ -52,7 +51,8 @@ class RunDirectory:
                 returned: changes nothing and ignores `resume`.
 
         Raises:
-            Conflict: it holds a run of other settings, or any run and `resume` is False.
+            Conflict: it holds a run of other settings, or any run and `resume` is False; or a checkpoint
+                without its settings.
             FormatError: its checkpoint is of another version.
             CorruptObject: its checkpoint is damaged.
             StoreError: this rank does not see the directory.
@@ -74,6 +74,11 @@ class RunDirectory:
         stored = self.checkpoints.newest()
         if not writer:
             return stored
+        if data is None and stored is not None:
+            raise Conflict(
+                f"{self.path} has a checkpoint but no {RUN_FILE}, so nobody knows its settings. Restore {RUN_FILE} from a "
+                f"copy, or remove {stored.where} to start again."
+            )
         if data is None:
             self.files.make(self.names)
             self._write_run(finished=False)
@@ -86,10 +91,24 @@ class RunDirectory:
     def metrics_files(self) -> list[str]:
         return [f"{name}/{METRICS_FILE}" for name in self.names]
 
-    def append_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """One line to each SAE's metrics.jsonl."""
-        for file, line in zip(self.metrics_files, lines, strict=True):
-            self.files.append(file, (json.dumps(line) + "\n").encode())
+    def append_metrics(self, lines: Mapping[str, Mapping[str, Any]]) -> None:
+        """One line to the metrics.jsonl of each SAE that is named."""
+        for name, line in lines.items():
+            self.files.append(f"{name}/{METRICS_FILE}", (json.dumps(line) + "\n").encode())
+
+    def checkpoint(self, rows: int) -> StoredCheckpoint:
+        """The checkpoint after `rows` rows, which a rank has completed.
+
+        Raises:
+            StoreError: this rank does not see it.
+        """
+        try:
+            return self.checkpoints.at(rows)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{self.path} has no checkpoint after {rows:,} rows as seen by this rank. Give all ranks one place: a "
+                "file system that all nodes share, or a URL."
+            ) from error
 
     def checkpoint_writer(
         self, rank: int = 0, world: int = 1, attempt: str | None = None
@@ -164,24 +183,6 @@ def differences(found: Any, wanted: Any, where: str = "") -> list[str]:
     return [f"{where}: {old} -> {new}"]
 
 
-def run_names(configs: Sequence[Architecture]) -> list[str]:
-    """A directory for each SAE: `topk-6144-32`, `standard-6144-5`; with the site where that is not enough.
-
-    Raises:
-        ValueError: two configs differ in nothing that names them.
-    """
-    names = [f"{c.architecture}-{c.d_sae}-{c.sparsity:g}" for c in configs]
-    count = Counter(names)
-    names = [
-        f"{name}-{str(c.site).replace('/', '_').replace(':', '_')}" if count[name] > 1 else name
-        for name, c in zip(names, configs, strict=True)
-    ]
-    twice = [name for name, n in Counter(names).items() if n > 1]
-    if twice:
-        raise ValueError(f"two SAEs would both be called {twice[0]}; train them into separate directories")
-    return names
-
-
 def last_metrics(
     location: str | os.PathLike[str], name: str, storage_options: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -212,11 +213,13 @@ def progress_of(
     found["saes"] = len(run["saes"])
     if run.get("finished"):
         return found | {"rows_done": wanted, "eta_s": 0.0}
-    first = next(iter(run["saes"]))  # all of a run are at the same row
-    whole, _, _ = (files.read(f"{first}/{METRICS_FILE}") or b"").rpartition(b"\n")
-    if not whole:
+    # all of a run are at the same row, but for those that stopped at a rung
+    names = list(run["saes"]) if run["training"].get("rungs") else list(run["saes"])[:1]
+    metrics = [(files.read(f"{name}/{METRICS_FILE}") or b"").rpartition(b"\n")[0] for name in names]
+    lines = [json.loads(whole.splitlines()[-1]) for whole in metrics if whole]
+    if not lines:
         return found
-    last = json.loads(whole.splitlines()[-1])
+    last = max(lines, key=lambda line: line["rows"])
     rate = last["rows_per_s"]
     left = wanted - last["rows"]
     return found | {

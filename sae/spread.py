@@ -9,6 +9,7 @@ Shapes: N rows.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,10 +80,22 @@ class Layout:
         self.rank, self.world = self.group.rank, self.group.world
         self.learner_group = ALONE if self.spread.dealt else self.group
         """The ranks that share each SAE."""
+        self._owners: dict[int, int] = {}
+
+    def deal(self, costs: Mapping[int, int]) -> None:
+        """Deal these SAEs to the ranks, where whole SAEs are: the dearest first, to the rank with the least so far.
+
+        Costs alone decide, so that all ranks deal alike; SAEs of one cost go round.
+        """
+        loads = [0] * self.world
+        self._owners.clear()
+        for i in sorted(costs, key=lambda i: (-costs[i], i)):
+            self._owners[i] = loads.index(min(loads))
+            loads[self._owners[i]] += costs[i]
 
     def owner(self, i: int) -> int | None:
-        """The rank that trains the i-th SAE; None where all do."""
-        return i % self.world if self.spread.dealt else None
+        """The rank that trains the i-th of the SAEs that were dealt; None where all do."""
+        return self._owners[i] if self.spread.dealt else None
 
     def trains(self, i: int) -> bool:
         """True if this rank trains the i-th SAE, or a part of it."""

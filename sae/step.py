@@ -37,6 +37,8 @@ class Outcome:
     """Where ranks share the SAE: of this rank's latents."""
     loss: float
     """What is differentiated: reconstruction, penalties and the loss over dead latents; scaled activations."""
+    objective: float
+    """`loss` without the loss over dead latents."""
     mse: float
     """mean_N |x - x^|^2, summed over dimensions."""
     row_loss_N: Tensor
@@ -92,9 +94,9 @@ def gradients(
     if config.learns_threshold_by_average and values.numel():
         smallest = torch.where(active, values, torch.inf).min()
     # all figures at once: on a GPU each that is asked for alone would be waited for
-    figures = (loss.detach(), mse, active.sum(), smallest)
+    figures = (loss.detach(), mse, active.sum(), smallest, terms.loss.detach())
     figures_W = share.group.everyone.gather(torch.stack([f.double() for f in figures])).tolist()
-    loss_now, mse_now, own_active, _ = figures_W[share.group.everyone.rank]
+    loss_now, mse_now, own_active, _, objective = figures_W[share.group.everyone.rank]
     n_active, smallest_now = sum(w[2] for w in figures_W), min(w[3] for w in figures_W)
     if isinstance(view, Chosen):
         columns = torch.as_tensor(view.entries.columns)
@@ -112,6 +114,7 @@ def gradients(
     return Outcome(
         gradients=gradients_found,
         loss=loss_now,
+        objective=objective,
         mse=mse_now,
         row_loss_N=row_loss_N,
         n_active=int(n_active),

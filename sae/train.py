@@ -14,10 +14,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,15 +24,19 @@ from actcache.progress import Progress
 
 from .architectures import Architecture
 from .checkpoint import StoredCheckpoint
-from .checkpoint_writer import Piece
 from .core import SAE
+from .curves import bar_figures, metrics_line, numbers
+from .divergence import NonFiniteLoss, non_finite
 from .group import Share
 from .inputs import Inputs, centre, checked_device, resolve_site
 from .keeper import Keeper, Stop
 from .learner import Learner
+from .learners import Learners
+from .naming import check_distinct, run_names
+from .pace import Pace
 from .provenance import run_description, sae_settings
-from .rotation import turned
-from .rundir import METRICS_FILE, RunDirectory, run_names
+from .rundir import METRICS_FILE, RunDirectory
+from .rungs import Rungs
 from .spread import Layout
 from .step import Outcome
 from .streams import Batch, Stream, resumed
@@ -44,10 +46,6 @@ from .training import CheckpointSchedule, Training, total_variance
 logger = logging.getLogger(__name__)
 
 __all__ = ["METRICS_FILE", "NonFiniteLoss", "Trainer", "Training", "run_names", "train"]
-
-
-class NonFiniteLoss(ActcacheError, ArithmeticError):
-    """A loss became inf or NaN; the message names the SAE, the step and any bad rows."""
 
 
 def train(
@@ -61,11 +59,18 @@ def train(
     log: Sequence[str] = (),
     storage_options: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
+    workers: int | tuple[int, int] | str | None = None,
+    spread: str | None = None,
+    gpus_per_worker: float = 0,
+    cpus_per_worker: float = 1,
 ) -> list[SAE]:
     """Trained SAEs, in the order of `configs`; the data are read once for all of them.
 
     With `out`, everything is kept there: an interrupted run continues where its last checkpoint
     was, to the same bits on the same machine, and a finished one is returned at once.
+
+    Several processes train together, to the same result but for rounding, with `workers`, on a Ray cluster,
+    or where torchrun started this one; then the SAEs come back on rank 0, and the others get an empty list.
 
     Args:
         stream: batches, from `ds.stream(...)` or `sae.ArrayStream`. Of rows in rotated coordinates
@@ -80,6 +85,12 @@ def train(
         storage_options: what fsspec needs for `out`; never stored.
         device: where to train, e.g. "cuda"; SAEs come back on the CPU. A run may go on elsewhere, then
             equal but for rounding.
+        workers: processes on the Ray cluster that is connected or named by RAY_ADDRESS, else on this machine:
+            4, or at least 2 and at most 8 as (2, 8) or "2..8". None trains in this process, without Ray.
+        spread: what the processes divide: "latents", "rows", whole "saes", or "rows=2,latents=4". None: whole
+            SAEs where there are as many as processes, else latents.
+        gpus_per_worker: 1 trains each worker on a GPU, 0 on the CPU.
+        cpus_per_worker: CPUs that each worker reserves, and its threads.
 
     Raises:
         SpecError: a site that the stream has not, a stream that ends too soon, or a `start` of
@@ -87,9 +98,29 @@ def train(
         Conflict: `out` holds a run of other settings; the message names the difference.
         NonFiniteLoss: training diverged, or the data hold inf or NaN. The last checkpoint is intact.
         StoreError: the disk refused. The last checkpoint is intact.
+        Drained: SIGTERM or Ctrl-C; the run is saved.
+        WorkerLost: workers crashed three times at one row. The last checkpoint is intact.
     """
+    from .distributed import started_by_torchrun, train_by_ranks
+
     listed = [configs] if isinstance(configs, Architecture) else list(configs)
     starts = list(start) if isinstance(start, Sequence) else [start] * len(listed)
+    if workers is not None or spread is not None or started_by_torchrun():
+        return train_by_ranks(
+            stream,
+            listed,
+            training,
+            starts,
+            out,
+            resume=resume,
+            log=log,
+            storage_options=storage_options,
+            device=device,
+            workers=workers,
+            spread=spread,
+            gpus_per_worker=gpus_per_worker,
+            cpus_per_worker=cpus_per_worker,
+        )
     trainer = Trainer(
         stream,
         listed,
@@ -148,12 +179,13 @@ class Trainer:
         self.rows = self.step = 0
         self.inputs = Inputs(stream, [str(c.site) for c in self.configs], training.input_scale, self.device)
         self.names = run_names(self.configs)
-        self.learners = {
-            i: self._learner(*both)
-            for i, both in enumerate(zip(self.configs, start, strict=True))
-            if self.layout.trains(i)
-        }
-        """By the number of their config: those that this rank trains, or a part of."""
+        self.rules = [training.rules(c) for c in self.configs]
+        check_distinct(self.names, self.configs, self.rules, start)
+        self.rungs = Rungs(training.rungs, training.rung_keep, self.configs, self.rules)
+        self.learners = Learners(self.configs, self.rules, start, self.inputs, self.layout, self.device)
+        self.learners.deal(self.rungs.running)
+        self._stopped: dict[int, SAE] = {}
+        """SAEs that stopped at a rung, where there is no directory."""
         started = {name: s.digest() for name, s in zip(self.names, start, strict=True) if s is not None}
         saes = dict(zip(self.names, self.configs, strict=True))
         self.description = run_description(saes, started, self.stream, self.inputs, training)
@@ -170,13 +202,12 @@ class Trainer:
             self.layout.group,
             self.directory,
             schedule,
-            self._pieces,
+            self.learners.pieces,
             self._state,
             asked or (lambda: self._stop.asked is not None),
             training.log_every,
         )
-        self._log_rows, self._log_time, self._log_stall = 0, time.perf_counter(), 0.0
-        self._met_time, self._met_stall = time.perf_counter(), 0.0
+        self._pace = Pace()
 
     def open(self, resume: bool) -> list[SAE] | None:
         """Take up what the directory holds: a finished run is returned, a checkpoint restored.
@@ -210,8 +241,7 @@ class Trainer:
     def run(self) -> list[SAE]:
         """Train to the end, and save; the SAEs come back on rank 0."""
         label = f"training {len(self.names)} SAE{'s' if len(self.names) > 1 else ''}"
-        self._log_rows, self._log_time, self._log_stall = self.rows, time.perf_counter(), 0.0
-        self._met_time, self._met_stall = time.perf_counter(), 0.0
+        self._pace.start(self.rows)
         self.keeper.start(self.rows)
         if self.rows < self.training.n_rows:
             for tracker in self.trackers:
@@ -240,8 +270,7 @@ class Trainer:
         while self.rows < self.training.n_rows:
             waiting_since = time.perf_counter()
             batch = next(batches, None)
-            waited = time.perf_counter() - waiting_since
-            self._log_stall, self._met_stall = self._log_stall + waited, self._met_stall + waited
+            self._pace.waited(time.perf_counter() - waiting_since)
             if batch is None:
                 self.keeper.save(self.rows)
                 raise SpecError(
@@ -253,22 +282,52 @@ class Trainer:
                 continue
             outcomes = self._train_batch(batch, share, n)
             last = self.rows == self.training.n_rows
-            shown = {}
-            if (self.step - 1) % self.training.log_every == 0 or last:
-                shown = self._log(outcomes, share.n_rows)
-            progress.advance(share.n_rows, **shown)
+            rung = None if last else self.rungs.reached(self.rows - share.n_rows, self.rows)
+            figures = {}
+            if (self.step - 1) % self.training.log_every == 0 or last or rung is not None:
+                figures = self._log(outcomes)
+            progress.advance(share.n_rows, **figures)
+            if rung is not None and self._stop_worst(rung):
+                continue  # the ranks have met, and saved
             if self.keeper.due(self.step) or last:
                 self._meet()
         self.keeper.close()
 
     def _meet(self) -> None:
-        now = time.perf_counter()
-        stall = self._met_stall / max(now - self._met_time, 1e-9)
-        self._met_time, self._met_stall = now, 0.0
+        stall = self._pace.meeting()
         if self.rows < self.training.n_rows:
             self.keeper.meet(self.rows, stall)
         elif self.layout.spread.dealt:
             self.keeper.meet_last()
+
+    def _stop_worst(self, rung: int) -> bool:
+        """The worst of each group of rivals stop, saved as they are; True if there are any. All ranks call this.
+
+        The survivors of whole SAEs that are dealt to ranks are dealt anew, through the stored checkpoint.
+        """
+        self.keeper.meet_last()
+        worst = self.layout.group.objects(self.rungs.worst())[0]
+        self.rungs.stop(worst, rung)
+        if not worst:
+            return False
+        saved = self.keeper.together(lambda: self._save(worst))
+        self.learners.drop(worst)
+        self.keeper.save(self.rows)
+        if self.directory is None:
+            self._stopped |= saved
+        elif self.layout.spread.dealt:
+            self.keeper.together(self._deal_anew)
+        if self.layout.rank == 0:
+            names = ", ".join(self.names[i] for i in worst)
+            logger.info("rung of %s rows: %s stopped, %d go on", f"{rung:,}", names, len(self.rungs.running))
+        return True
+
+    def _deal_anew(self) -> None:
+        """Deal the survivors evenly; what another rank had is read from the checkpoint of this moment."""
+        assert self.directory is not None, "its caller has looked"
+        new = self.learners.deal(self.rungs.running)
+        if new:
+            self.learners.restore(self.directory.checkpoint(self.rows), new)
 
     def _train_batch(self, batch: Batch, share: Share, n: int) -> dict[int, Outcome]:
         """One step of every SAE of this rank; each loss is checked before it changes that SAE's weights."""
@@ -300,155 +359,83 @@ class Trainer:
 
     def _refuse_non_finite(self, name: str, outcome: Outcome, acts: Any) -> None:
         """Raise; where whole SAEs are dealt, other ranks do not know the loss, and are told when they meet."""
-        acts_ND: np.ndarray = np.asarray(torch.as_tensor(acts).float().cpu())
-        bad = np.flatnonzero(~np.isfinite(acts_ND).all(axis=1))
-        if len(bad):
-            cause = f"{len(bad)} of its {len(acts_ND)} rows hold inf or NaN, first row {bad[0]} of the batch"
-            remedy = "Harvest again in a dtype with more range, or leave those rows out."
-        else:
-            cause = "its rows are finite, so training diverged"
-            remedy = "Lower the learning rate or raise lr_warmup_rows, and train into a new directory."
         kept = ""
         if self.directory is not None and self.keeper.saved_rows is not None:
             kept = f" The last checkpoint in {self.directory.path} is intact."
-        failure = NonFiniteLoss(
-            f"the loss of {name} is {outcome.loss} at step {self.step + 1} (batch {self.step}, rows {self.rows:,} "
-            f"to {self.rows + len(acts_ND):,}): {cause}. {remedy}{kept}"
-        )
+        failure = non_finite(name, outcome.loss, acts, self.step, self.rows, kept)
         if not self.layout.spread.dealt:
             raise failure
         self.keeper.failure = failure
 
-    def _log(self, outcomes: Mapping[int, Outcome], n: int) -> dict[str, str]:
+    def _log(self, outcomes: Mapping[int, Outcome]) -> dict[str, str]:
         """Append a line for every SAE; returns what the progress bar shows. Losses are of this batch."""
-        now = time.perf_counter()
-        elapsed = max(now - self._log_time, 1e-9)
-        speed: dict[str, Any] = {
-            "rows_per_s": round((self.rows - self._log_rows) / elapsed, 1),
-            "stall_share": round(self._log_stall / elapsed, 4),
-        }
-        self._log_rows, self._log_time, self._log_stall = self.rows, now, 0.0
+        rate, stall_share = self._pace.line(self.rows)
+        speed: dict[str, Any] = {"rows_per_s": rate, "stall_share": stall_share}
         if self.layout.world > 1:
             stalls = [round(stall, 4) for stall in self.keeper.stalls]
             speed |= {"world_size": self.layout.world, "spread": str(self.layout.spread)}
             speed["stall_by_rank"] = stalls
             speed["stall_share"] = max(stalls, default=speed["stall_share"])
-        own = {i: self._metrics(self.learners[i], outcome, n) | speed for i, outcome in outcomes.items()}
-        lines = self._all_lines(own)
-        if self.layout.rank or not lines:
+        own = {i: self._metrics(self.learners[i], outcome) | speed for i, outcome in outcomes.items()}
+        by_number = self.learners.told(None if self.keeper.failure is not None else own)
+        self.rungs.add(by_number)
+        if self.layout.rank or not by_number:
             return {}
+        lines = {self.names[i]: line for i, line in by_number.items()}
         if self.directory is not None:
             self.directory.append_metrics(lines)
         for tracker in self.trackers:
-            tracker.log(
-                {name: _numbers(line) for name, line in zip(self.names, lines, strict=True)}, self.step
-            )
-        shown = self._shown(lines, speed)
+            tracker.log({name: numbers(line) for name, line in lines.items()}, self.step)
+        figures = bar_figures(list(lines.values()), speed)
         if self._tell is not None:
-            self._tell({"rows": self.rows, "shown": shown, **speed})
-        return shown
+            self._tell({"rows": self.rows, "shown": figures, **speed})
+        return figures
 
-    def _all_lines(self, own: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
-        """Metrics of every SAE, in order; whole SAEs are told by their ranks. None once one of them failed."""
-        if not self.layout.spread.dealt:
-            return list(own.values())
-        failed = self.keeper.failure is not None
-        told = self.layout.group.objects(None if failed else {str(i): line for i, line in own.items()})
-        if None in told:
-            return []
-        joined = {int(i): line for part in told for i, line in part.items()}
-        return [joined[i] for i in range(len(self.names))]
-
-    def _shown(self, lines: Sequence[Mapping[str, Any]], speed: Mapping[str, Any]) -> dict[str, str]:
-        """What the progress bar shows beside rows and rate."""
-        return {
-            "loss": "/".join(f"{line['loss']:.4g}" for line in lines),
-            "fvu": "/".join(f"{line['fvu']:.3f}" for line in lines),
-            "l0": "/".join(f"{line['l0']:.1f}" for line in lines),
-            "dead": "/".join(str(line["dead"]) for line in lines),
-            "stall": f"{speed['stall_share']:.1%}",
-        }
-
-    def _metrics(self, learner: Learner, outcome: Outcome, n: int) -> dict[str, Any]:
-        variance = total_variance(self.inputs.stats[str(learner.config.site)]) * learner.scale**2
-        return {
-            "step": self.step,
-            "rows": self.rows,
-            "loss": outcome.loss,
-            "l0": outcome.n_active / n,
-            "fvu": outcome.mse / variance if variance > 0 else 0.0,
-            "dead": learner.n_dead,
-            "lr": learner.rules.lr * learner.rules.lr_factor(self.rows - n, n),
-        }
-
-    def _learner(self, config: Architecture, start: SAE | None) -> Learner:
-        site = str(config.site)
-        learner = Learner(
-            config,
-            self.inputs.d_in(site),
-            self.inputs.factors[site],
-            self.training.rules(config),
-            self.training.seed,
-            device=self.device,
-            group=self.layout.learner_group,
-        )
-        if start is not None:
-            rotation_DD = self.inputs.rotations[site]
-            learner.start_from(start if rotation_DD is None else turned(start, rotation_DD.T))
-        return learner
+    def _metrics(self, learner: Learner, outcome: Outcome) -> dict[str, Any]:
+        variance = total_variance(self.inputs.stats[str(learner.config.site)])
+        return metrics_line(learner, outcome, variance, self.rows, self.step, scored=bool(self.rungs))
 
     def _finish(self) -> list[SAE]:
         """Save what was trained; rank 0 marks the run as finished when all of it is there."""
-        saes = {i: self._finished(learner) for i, learner in self.learners.items()}
-        own = {i: s for i, s in saes.items() if s is not None}
-        group, directory = self.layout.group, self.directory
-        if directory is None:
-            return list(own.values())
-        for i, s in own.items():
-            directory.save(i, s)
-        group.numbers(0)  # every rank has saved its own
-        if group.rank:
+        own = self.keeper.together(lambda: self._save(list(self.learners)))
+        if self.directory is None:
+            return [s for _, s in sorted((self._stopped | own).items())]
+        if self.layout.rank:
             return []
-        loaded = directory.finish()
+        loaded = self.directory.finish()
         return [own.get(i, s) for i, s in enumerate(loaded)]
 
-    def _finished(self, learner: Learner) -> SAE | None:
-        """The SAE for the model's activations; None on a rank that holds only a part of it."""
-        cfg = sae_settings(learner, self.stream, self.inputs, self.training, self.rows, self.step)
-        s, rotation_DD = learner.finished(cfg), self.inputs.rotations[str(learner.config.site)]
-        return s if s is None or rotation_DD is None else turned(s, rotation_DD)
+    def _save(self, numbers: Sequence[int]) -> dict[int, SAE]:
+        """Save those of these SAEs that this rank trains, as they are; returns the whole ones."""
+        found = {i: self._finished(i) for i in numbers if i in self.learners}
+        whole = {i: s for i, s in found.items() if s is not None}
+        if self.directory is not None:
+            for i, s in whole.items():
+                self.directory.save(i, s)
+        return whole
 
-    def _pieces(self) -> dict[str, Piece]:
-        return {
-            f"{i}.{name}": piece
-            for i, learner in self.learners.items()
-            for name, piece in learner.pieces().items()
-        }
+    def _finished(self, i: int) -> SAE | None:
+        learner = self.learners[i]
+        cfg = sae_settings(learner, self.stream, self.inputs, self.training, self.rows, self.step)
+        if i in self.rungs.stopped:
+            cfg["stopped_at_rung"] = self.rungs.stopped[i]
+        return self.learners.finished(i, cfg)
 
     def _state(self) -> dict[str, Any]:
-        own = {str(i): learner.state() for i, learner in self.learners.items()}
-        if self.layout.spread.dealt:
-            own = {i: state for part in self.layout.group.objects(own) for i, state in part.items()}
+        saes = self.learners.told({i: learner.state() for i, learner in self.learners.items()})
+        saes |= {i: {"stopped_at_rung": rung} for i, rung in self.rungs.stopped.items()}
         return {
             "step": self.step,
             "stream": self.stream.state(),
-            "saes": [own[str(i)] for i in range(len(self.names))],
+            "saes": [saes[i] for i in range(len(self.names))],
+            **self.rungs.state(),
         }
 
     def _restore(self, stored: StoredCheckpoint) -> None:
-        for i, learner in self.learners.items():
-            learner.restore(partial(_read, stored, f"{i}."), stored.state["saes"][i])
+        rungs = [state.get("stopped_at_rung") for state in stored.state["saes"]]
+        self.rungs.restore(stored.state, {i: rung for i, rung in enumerate(rungs) if rung is not None})
+        self.learners.deal(self.rungs.running)
+        self.learners.restore(stored, list(self.learners))
         self.rows, self.step = stored.rows, stored.state["step"]
         self.keeper.saved_rows = self.rows
         self.stream = resumed(self.stream, stored.state["stream"], self.rows)
-
-
-def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    """What a curve can be drawn of."""
-    return {name: value for name, value in line.items() if isinstance(value, int | float)}
-
-
-def _read(
-    stored: StoredCheckpoint, prefix: str, name: str, first: int = 0, stop: int | None = None
-) -> Tensor:
-    return stored.read(prefix + name, first, stop)

@@ -34,6 +34,7 @@ class Rules:
     lr_decay: float = 0.0
     sparsity_warmup_rows: int = 0
     ema_decay: float = 0.0
+    seed: int = 0
     dead_after_rows: int = 10_000_000
     step: StepKind = "sparse"
     selection: Selection = "float32"
@@ -66,7 +67,7 @@ class Training:
     dictionary_learning's constant)."""
 
     seed: int = 0
-    """Decides the initial weights. The order of rows is the stream's."""
+    """Decides the initial weights of SAEs without a seed of their own. The order of rows is the stream's."""
 
     lr_warmup_rows: int | None = None
     """Rows over which the learning rate rises linearly from 0. None: a twentieth of the run, at
@@ -115,10 +116,17 @@ class Training:
     """Steps between lines of metrics.jsonl."""
 
     checkpoint_every_rows: int | None = 1_000_000
-    """Rows between checkpoints, when the run has a directory. None: by time alone."""
+    """Rows between checkpoints, when the run has a directory; if it is None, time alone decides."""
 
     checkpoint_every_s: float | None = 600.0
-    """Seconds between checkpoints, where `checkpoint_every_rows` takes longer. None: by rows alone."""
+    """Seconds between checkpoints, where those rows take longer; if it is None, rows alone decide."""
+
+    rungs: tuple[int, ...] = ()
+    """Rows at which the worst of rivals stop (successive halving), e.g. 1_000_000 and 2_000_000; on the
+    command line once for each. Rivals are SAEs that share site, architecture, width and what controls L0."""
+
+    rung_keep: float = 0.5
+    """Share of each group of rivals that goes on at a rung, rounded up: at least one does."""
 
     def __post_init__(self) -> None:
         for name in ("n_rows", "log_every", "checkpoint_every_rows"):
@@ -130,6 +138,16 @@ class Training:
             )
         if self.dead_after_rows is not None and self.dead_after_rows < 1:
             raise ValueError(f"dead_after_rows is {self.dead_after_rows}; it must be at least 1")
+        if any(not 1 <= rung < self.n_rows for rung in self.rungs) or list(self.rungs) != sorted(
+            set(self.rungs)
+        ):
+            raise ValueError(
+                f"rungs are {self.rungs}; they must ascend, each at least 1 and below n_rows = {self.n_rows}"
+            )
+        if not 0 < self.rung_keep < 1:
+            raise ValueError(
+                f"rung_keep is {self.rung_keep}; it is the share that goes on, above 0 and below 1"
+            )
         self._optimiser()  # checks what it shares with an SAE's own settings
         for name, kind in (
             ("b_dec_init", None),

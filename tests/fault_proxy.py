@@ -7,6 +7,7 @@ method for that target from 0, so a seeded choice is the same however requests i
 - "reset": the connection is reset; the server never sees the request.
 - "drop": the server has done it and answered; the connection is reset, no byte of the answer arrives.
 - "truncate": the answer's head and half of its body (of an empty one: half of the head) arrive.
+- "unimplemented": 501 NotImplemented; the server never sees the request.
 - "stall": half of the answer arrives, then nothing for `stall_s`, then the end.
 """
 
@@ -17,20 +18,30 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 
-KINDS = ("unavailable", "reset", "drop", "truncate", "stall")
+KINDS = ("unavailable", "unimplemented", "reset", "drop", "truncate", "stall")
 _SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-_UNAVAILABLE = b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n%s" % (
-    len(_SLOW_DOWN),
-    _SLOW_DOWN,
-)
+_NOT_IMPLEMENTED = b"<?xml version='1.0'?><Error><Code>NotImplemented</Code><Message>A header you provided implies functionality that is not implemented</Message></Error>"
+_REFUSALS = {
+    fault: b"HTTP/1.1 %s\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n%s"
+    % (status, len(body), body)
+    for fault, status, body in (
+        ("unavailable", b"503 Slow Down", _SLOW_DOWN),
+        ("unimplemented", b"501 Not Implemented", _NOT_IMPLEMENTED),
+    )
+}
 
 
 class FaultProxy:
     """Listens on 127.0.0.1; `port`, and `injected`: how often each (fault, method, target) was done."""
 
     def __init__(
-        self, server_port: int, choose: Callable[[str, str, int], str | None], stall_s: float = 1.0
+        self,
+        server_port: int,
+        choose: Callable[[str, str, int], str | None],
+        stall_s: float = 1.0,
+        ignored: tuple[str, ...] = (),
     ) -> None:
+        self._ignored = tuple(f"{name}:".lower().encode() for name in ignored)
         self._server_port, self._choose, self._stall_s = server_port, choose, stall_s
         self._requests: Counter[tuple[str, str]] = Counter()
         self.injected: Counter[tuple[str, str, str]] = Counter()
@@ -66,10 +77,10 @@ class FaultProxy:
             with contextlib.suppress(OSError, EOFError):
                 incoming = _Incoming(client)
                 while not self._closed.is_set():
-                    method, target, request = incoming.request(client)
+                    method, target, request = incoming.request(client, self._ignored)
                     fault = self._fault(method, target)
-                    if fault == "unavailable":
-                        client.sendall(_UNAVAILABLE)
+                    if fault in _REFUSALS:
+                        client.sendall(_REFUSALS[fault])
                         continue
                     if fault == "reset":
                         return _reset(client)
@@ -111,13 +122,15 @@ class _Incoming:
     def __init__(self, connection: socket.socket) -> None:
         self._connection, self._buffer = connection, b""
 
-    def request(self, client: socket.socket) -> tuple[str, str, bytes]:
-        """(method, target, all bytes); EOFError at the end of the connection."""
+    def request(self, client: socket.socket, ignored: tuple[bytes, ...] = ()) -> tuple[str, str, bytes]:
+        """(method, target, all bytes but headers that begin so); EOFError at the end of the connection."""
         head, fields = self._head()
         if fields.get("expect", "").lower() == "100-continue":
             client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            ignored = (*ignored, b"expect:")
+        if ignored:
             lines = head.split(b"\r\n")
-            head = b"\r\n".join(line for line in lines if not line.lower().startswith(b"expect:"))
+            head = b"\r\n".join(line for line in lines if not line.lower().startswith(ignored))
         method, target, _ = head.split(b" ", 2)
         return method.decode(), target.decode(), head + self._body(fields)
 

@@ -1,13 +1,12 @@
 """What other projects get: the base install reads without torch or Ray, and plain zarr needs none of us."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from venvs import make_venv
+from venvs import copy_source, make_venv
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "actcache"))
@@ -76,11 +75,7 @@ print(rows, ds.read(sys.argv[2], [0]).shape[1], len(ds.context(0)))
 def base_python(tmp_path_factory):
     """The python of an environment that holds only the base install."""
     directory = tmp_path_factory.mktemp("base")
-    source = directory / "source"  # a copy: building leaves its files in the tree
-    for name in ("actcache", "sae", "cluster"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
+    source = copy_source(directory / "source")
     return make_venv(directory / "venv", str(source))
 
 

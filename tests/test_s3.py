@@ -235,3 +235,37 @@ def test_verify_gc_and_rm_on_s3(s3, tmp_path):
     assert store.listing("") == []
     with pytest.raises(NotADataset):
         actcache.open(dataset.url, storage_options=s3)
+
+
+@pytest.mark.parametrize(
+    ("server", "said"),
+    [
+        ({"ignored": ("if-none-match",)}, "ignores If-None-Match"),
+        ({"ignored": ("if-match",)}, "ignores If-Match"),
+        (
+            {"choose": lambda method, target, nth: "unimplemented" if method == "PUT" and nth else None},
+            "HTTP 501",
+        ),
+    ],
+)
+def test_a_harvest_to_a_store_without_conditions_ends_before_the_lm_is_loaded(
+    s3, tmp_path, monkeypatch, server, said
+):
+    from fault_proxy import FaultProxy
+    from tiny_harvest import tiny_spec
+
+    import actcache
+    from actcache import lm
+
+    def load(*arguments, **options):
+        raise AssertionError("the LM was loaded")
+
+    monkeypatch.setattr(lm, "load_lm", load)
+    port = int(s3["endpoint_url"].rpartition(":")[2])
+    root = f"s3://bucket/{tmp_path.name}"
+    with FaultProxy(port, **({"choose": lambda *_: None} | server)) as proxy:
+        options = s3 | {"endpoint_url": f"http://127.0.0.1:{proxy.port}"}
+        with pytest.raises(StoreError, match=f"{said}.*use a store that honours") as failed:
+            actcache.harvest(tiny_spec(tmp_path), root, storage_options=options, progress=False)
+    assert "\n" not in str(failed.value)
+    assert open_store(root, s3).listing("") == []

@@ -55,6 +55,9 @@ class Optimiser:
     """The saved weights are a moving average that keeps this share of itself at each step, e.g.
     0.999. 0: the last weights themselves."""
 
+    seed: int | None = None
+    """Decides the initial weights, and what is drawn in training; the order of rows is the stream's."""
+
     def __post_init__(self) -> None:
         for name in ("lr", "clip_norm", "eps"):
             value = getattr(self, name)
@@ -70,6 +73,8 @@ class Optimiser:
             raise ValueError(f"betas are {self.betas}; each must be at least 0 and below 1")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed is {self.seed}; it must fit 64 bits")
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,8 @@ class Architecture(ABC):
     """Inference needs a threshold that is estimated while training (BatchTopK and its kin)."""
     by_rank: ClassVar[bool] = False
     """Which latents are active is decided by rank (`keep`), not by each value alone."""
+    scored_by: ClassVar[Literal["fvu", "loss"]] = "loss"
+    """What ranks SAEs of one `l0_control`: the FVU where that fixes L0, else the loss, which says what L0 costs."""
     published: ClassVar[Optimiser] = Optimiser()
     """The source's own settings, where neither the config nor the run says otherwise."""
 
@@ -129,6 +136,11 @@ class Architecture(ABC):
     @abstractmethod
     def sparsity(self) -> float:
         """What controls L0, for the name of the SAE."""
+
+    @property
+    def l0_control(self) -> tuple[object, ...]:
+        """All that controls L0: SAEs of one width that are alike in it are compared (sae/rungs.py)."""
+        return (self.sparsity,)
 
     @property
     def decoder_norm(self) -> Literal["unit", "free"]:

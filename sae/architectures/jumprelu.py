@@ -79,6 +79,10 @@ class JumpReLU(Architecture):
     def sparsity(self) -> float:
         return self.l0_coefficient if self.target_l0 is None else self.target_l0
 
+    @property
+    def l0_control(self) -> tuple[object, ...]:
+        return self.l0_coefficient, self.target_l0, self.frequency_scale
+
     def extra_parameters(self, dtype: torch.dtype) -> Parameters:
         return {"threshold_F": torch.full((self.d_sae,), self.initial_threshold, dtype=dtype)}
 

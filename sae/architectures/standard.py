@@ -53,6 +53,10 @@ class Standard(Architecture):
         return self.l1_coefficient
 
     @property
+    def l0_control(self) -> tuple[object, ...]:
+        return self.l1_coefficient, self.decoder
+
+    @property
     def decoder_norm(self) -> Literal["unit", "free"]:
         return self.decoder
 

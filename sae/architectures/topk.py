@@ -12,7 +12,7 @@ Shapes: N rows, F = d_sae.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class TopK(Architecture):
 
     architecture: ClassVar[str] = "topk"
     by_rank: ClassVar[bool] = True
+    scored_by: ClassVar[Literal["fvu", "loss"]] = "fvu"
 
     k: int
     """Latents active in each row, e.g. 32; batchtopk and matryoshka: on average over a batch."""

@@ -1,6 +1,7 @@
 """What a run directory says of each of its SAEs, read from files only."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,14 +37,22 @@ class Entry:
         return str(self.cfg.get("site") or "")
 
     @property
+    def stopped(self) -> int | None:
+        """Rows of the rung at which it stopped, because its rivals did better; None: it was trained to the end."""
+        rung = self.cfg.get("stopped_at_rung")
+        return rung if isinstance(rung, int) else None
+
+    @property
     def short_name(self) -> str:
         """The directory's name without the site, which has a column of its own."""
         return self.name.removesuffix(f"-{self.site.replace('/', '_').replace(':', '_')}")
 
     @property
-    def family(self) -> tuple[str, Any, str]:
+    def family(self) -> tuple[str, Any, str, str]:
         """SAEs that differ in sparsity alone: a line of the frontier."""
-        return str(self.cfg.get("architecture")), self.cfg.get("d_sae"), self.site
+        kind, d_sae = str(self.cfg.get("architecture")), self.cfg.get("d_sae")
+        named = re.fullmatch(rf"{re.escape(kind)}-{d_sae}-[\d.]+(?:e[+-]?\d+)?(.*)", self.short_name)
+        return kind, d_sae, self.site, named[1] if named else ""
 
     def figure(self, name: str) -> float | None:
         """One number of eval.json."""

@@ -59,7 +59,8 @@ def lead(entries: Sequence[Entry], ds: Any) -> str:
     """What was trained, on what, in one sentence."""
     n = len(entries)
     sites = sorted({e.site for e in entries if e.site})
-    rows = {e.cfg["rows"] for e in entries if "rows" in e.cfg}
+    n_stopped = sum(e.stopped is not None for e in entries)
+    rows = {e.cfg["rows"] for e in entries if "rows" in e.cfg and (n == 1 or e.stopped is None)}
     model = (
         ds.spec.model if ds is not None else next((e.cfg["model"] for e in entries if e.cfg.get("model")), "")
     )
@@ -71,6 +72,8 @@ def lead(entries: Sequence[Entry], ds: Any) -> str:
         sentence = f"{_in_words(n)} sparse autoencoders"
     if len(rows) == 1:
         sentence += f", trained on {_count(rows.pop())} activation rows"
+    if n_stopped and n > 1:
+        sentence += f" ({n_stopped} of them stopped at rungs, on fewer)"
     if model:
         sentence += f" of {model}"
     if sites:

@@ -1,13 +1,13 @@
 """A server on loopback that speaks the part of the Hugging Face Hub's HTTP API that its own client uses for a
 dataset repository: commits of regular files, listings, paths, and ranged downloads. It counts commits, and
-refuses two at once, as the Hub does.
+refuses two at once and one whose parent is not the last, as the Hub does.
 """
 
 import base64
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -30,6 +30,20 @@ class Hub(ThreadingHTTPServer):
         self.commits: list[list[str]] = []
         """Paths of each commit."""
         self.committing = threading.Lock()
+        self.head = 0
+        """Number of the last commit."""
+        self.before_commit: Callable[[int], None] = lambda n: None
+        """Called with how many commits came before; another writer's `put` fits here."""
+
+    @property
+    def oid(self) -> str:
+        """Of the last commit."""
+        return f"{self.head:040x}"
+
+    def put(self, repo: str, files: Mapping[str, bytes]) -> None:
+        """A commit of somebody else."""
+        self.repos[repo] |= files
+        self.head += 1
 
     @property
     def endpoint(self) -> str:
@@ -70,7 +84,13 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 siblings = [{"rfilename": name} for name in files]
                 self._reply(
-                    {"id": found[1], "sha": "0" * 40, "private": False, "tags": [], "siblings": siblings}
+                    {
+                        "id": found[1],
+                        "sha": self.server.oid,
+                        "private": False,
+                        "tags": [],
+                        "siblings": siblings,
+                    }
                 )
         else:
             self._missing("RepoNotFound")
@@ -97,7 +117,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._commit(found[1], files, [json.loads(line) for line in body.splitlines()])
 
     def _commit(self, repo: str, files: dict[str, bytes], lines: list[dict[str, Any]]) -> None:
-        if not self.server.committing.acquire(blocking=False):
+        self.server.before_commit(len(self.server.commits))
+        parent = next((x["value"].get("parentCommit") for x in lines if x["key"] == "header"), None)
+        if parent not in (None, self.server.oid) or not self.server.committing.acquire(blocking=False):
             self._reply({"error": "A commit has happened since. Please refresh and try again."}, 412)
             return
         try:
@@ -108,13 +130,14 @@ class _Handler(BaseHTTPRequestHandler):
             }
             files |= added
             self.server.commits.append(list(added))
+            self.server.head += 1
         finally:
             self.server.committing.release()
         self._reply(
             {
                 "success": True,
-                "commitUrl": f"{self.server.endpoint}/datasets/{repo}/commit/0",
-                "commitOid": "0" * 40,
+                "commitUrl": f"{self.server.endpoint}/datasets/{repo}/commit/{self.server.oid}",
+                "commitOid": self.server.oid,
             }
         )
 

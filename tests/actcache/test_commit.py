@@ -231,6 +231,38 @@ def test_what_a_collector_removes_before_the_record_is_there_is_written_again(re
     assert {k: v for k, v in store.objects.items() if k != RECORD} == whole
 
 
+@pytest.mark.parametrize("n_found", [0, 1, 4])
+def test_so_is_what_the_writer_itself_had_created(recorded, calibrated, n_found):
+    """However long the block took: a collector could think its objects litter."""
+    store = DictStore(dict(calibrated))
+    run(recorded, DiesAt(store, n_found, "create .*"))
+    whole = run_fresh(recorded, calibrated)
+
+    def collect(operation, key):
+        if (operation, key) == ("create", RECORD):
+            for name in [name for name in store.objects if name.startswith(("train/", "_calibration/"))]:
+                del store.objects[name]
+
+    assert run(recorded, Watched(store, collect))
+    assert store.objects == whole
+
+
+def test_a_block_is_not_committed_under_a_calibration_that_was_made_anew(recorded, calibrated):
+    """The calibration was removed while a writer stalled, and another kernel made another one."""
+    other = DictStore()
+    kernel = recorded.with_acts(lambda site, acts_TD: acts_TD * 1.01)
+    kernel.harvester_on(other, kernel.resolved).calibrate()
+    store = DictStore(dict(calibrated))
+
+    def made_anew(operation, key):
+        if operation == "create" and key.startswith("train/") and "codes" in key:
+            store.objects |= other.objects
+
+    with pytest.raises(Conflict, match="_calibration/.* is not the one that this block was encoded with"):
+        run(recorded, Watched(store, made_anew))
+    assert RECORD not in store.objects
+
+
 def test_a_damaged_record_is_its_blocks_absence_and_is_replaced(recorded, calibrated, caplog):
     store = DictStore(dict(calibrated))
     assert run(recorded, store)

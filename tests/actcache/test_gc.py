@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from command_line import actcache_here
 from tiny_harvest import SITES
+from watched import Watched
 
 import actcache
 from actcache import gc
 from actcache.errors import ActcacheError, BeingWritten, CorruptObject, NotADataset
 from actcache.gc import collect_garbage, plan_removal, remove_dataset
+from actcache.lease import FOLDER, Lease
 from actcache.manifest import read_records
 from actcache.store import LocalStore, open_store
 from actcache.verify import verify
@@ -275,6 +277,85 @@ def test_a_record_that_named_a_removed_object_meanwhile_is_an_error(copy, record
         collect(copy)
 
 
+def hold(path, renewed_s_ago=0.0):
+    """A lease of another host, as a harvest of the dataset keeps it; returns its file."""
+    held = Path(path).parent / FOLDER / f"{Path(path).name}.json"
+    held.parent.mkdir(exist_ok=True)
+    held.write_text('{"host": "elsewhere", "pid": 7, "process": "b/n/1", "since": "2026-01-01 00:00:00Z"}')
+    os.utime(held, (time.time() - renewed_s_ago,) * 2)
+    return held
+
+
+@pytest.mark.parametrize("remove", ["gc", "rm"])
+def test_nothing_is_removed_while_a_lease_is_renewed_whatever_this_clock_says(copy, remove, monkeypatch):
+    age(copy)
+    before, held = files(copy), hold(copy)
+    work = (
+        (lambda: collect(copy, grace_s=0))
+        if remove == "gc"
+        else (lambda: remove_dataset(plan_removal(str(copy)), progress=False))
+    )
+    for skew in (-DAY_S, 0, DAY_S):
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda real=time.time, skew=skew: real() + skew)
+            with pytest.raises(BeingWritten, match="process 7 on elsewhere since"):
+                work()
+        assert files(copy) == before
+        assert held.exists()
+    os.utime(held, (time.time() - 61,) * 2)  # nobody has renewed it for a minute: the harvest has died
+    work()
+    assert len(files(copy)) < len(before)
+    assert not held.exists()
+
+
+def test_a_harvest_that_begins_during_a_collection_finds_the_lease_taken(copy, monkeypatch):
+    age(copy)
+    base, real, seen = open_store(str(copy.parent)), gc._delete, []
+
+    def delete(*arguments, **options):
+        with (
+            pytest.raises(BeingWritten, match=f"process {os.getpid()} on"),
+            Lease(base, copy.name, now_s=time.time()),
+        ):
+            raise AssertionError("the lease was free")
+        seen.append(1)
+        real(*arguments, **options)
+
+    monkeypatch.setattr(gc, "_delete", delete)
+    collect(copy, keep=1)
+    assert seen
+    assert not base.listing(FOLDER)
+
+
+def test_a_writer_that_outlived_its_lease_stores_again_what_a_collection_took(recorded, tmp_path):
+    """Its block lasted longer than lease and grace: its new calibration and every shard of it are gone."""
+    path = tmp_path / "name"
+    store = open_store(str(path))
+    recorded.harvest(
+        store, recorded.asking(n_tokens=1024, sites=SITES[:1], validation_blocks=0, test_blocks=0)
+    )
+    collected = []
+
+    def collect_first(operation, key):
+        if operation == "create" and key.startswith("_records/"):
+            age(path)
+            hold(path, renewed_s_ago=3600)
+            collected.extend(collect(path, grace_s=1)["keys"])
+
+    stalled = recorded.harvester_on(store, recorded.resolved)
+    stalled.calibrate()
+    stalled.store = Watched(store, collect_first)
+    stalled.run_block("train", 1, SITES)
+    assert f"_calibration/{SITES[1]}.json" in collected
+    assert {f"train/{site}/codes/c/1/0" for site in SITES} <= set(collected)
+    recorded.harvest(store)
+    rows = rows_of(path)
+    fresh = open_store(str(tmp_path / "fresh"))
+    recorded.harvest(fresh)
+    assert same_rows(fresh.url, rows)
+    verify(actcache.open(str(path)), deep=True, progress=False)
+
+
 def test_damage_stops_a_collection_before_anything_is_removed(copy):
     age(copy)
     (copy / "_segments").rename(copy / "moved")
@@ -336,6 +417,12 @@ def test_the_command_lines(copy):
     assert "give --yes" in refused.stderr
     assert actcache_here("gc", copy, "--grace", "1 day").returncode == 2
     os.utime(copy / LITTER[0])
+    held = hold(copy)
+    for command in (("gc", copy), ("rm", copy, "--yes")):
+        harvested = actcache_here(*command)
+        assert harvested.returncode == 1
+        assert harvested.stderr.startswith(f"error: {copy} is being written by process 7 on elsewhere")
+    held.unlink()
     busy = actcache_here("gc", copy)
     assert busy.returncode == 1
     assert busy.stderr.startswith(f"error: {copy} seems to be written: {LITTER[0]}")

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 
-import hub_server
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -14,9 +13,8 @@ import torch
 from tiny_harvest import SITES
 from torch.utils.data import DataLoader
 
-import actcache
-from actcache import hub, interop
-from actcache.errors import Conflict, CorruptObject, ForkedProcess, SpecError, StoreError
+from actcache import interop
+from actcache.errors import Conflict, ForkedProcess, SpecError
 from actcache.torch_data import ActivationProvider, TorchStream
 
 SITE = SITES[0]
@@ -162,85 +160,6 @@ def test_forked_loader_workers_are_refused_with_the_way_out(tiny):
     )
     with pytest.raises(ForkedProcess, match="multiprocessing_context=.spawn"):
         next(iter(loader))
-
-
-@pytest.mark.parametrize("scheme", ["memory", "directory"])
-def test_a_pushed_dataset_reads_like_the_original(tiny, tmp_path, scheme):
-    url = f"memory://hub-{tmp_path.name}/data" if scheme == "memory" else str(tmp_path / "copy")
-    there = hub.push(tiny[0], url)
-    for split in tiny[0].splits:
-        for site in SITES:
-            ours, theirs = (d.split(split).read(site, slice(None)) for d in (tiny[0], there))
-            assert np.array_equal(ours, theirs)
-    assert there.manifest == tiny[0].manifest
-    back = hub.pull(url, str(tmp_path / "back"))
-    assert np.array_equal(back.read(SITE, slice(None)), tiny[0].read(SITE, slice(None)))
-    assert np.array_equal(back.context(3), tiny[0].context(3))
-    for local in ("back",) if scheme == "memory" else ("back", "copy"):
-        from actcache.verify import verify
-
-        verify(actcache.open(str(tmp_path / local)), deep=True, progress=False)
-
-
-def test_a_push_that_was_cut_off_goes_on_and_shows_nothing_before_its_end(tiny, tmp_path):
-    import shutil
-
-    source = tmp_path / "source"
-    shutil.copytree(tiny[0].url, source)
-    path = next(p for p in sorted((source / "train").rglob("codes/c/1/0")))
-    data = path.read_bytes()
-    path.unlink()
-    target = str(tmp_path / "target")
-    with pytest.raises(CorruptObject, match="missing"):
-        hub.push(actcache.open(str(source)), target)
-    with pytest.raises(FileNotFoundError, match="no committed"):
-        actcache.open(target)
-    path.write_bytes(data)
-    there = hub.push(actcache.open(str(source)), target)
-    assert np.array_equal(there.read(SITE, slice(None)), tiny[0].read(SITE, slice(None)))
-    (tmp_path / "else").mkdir()
-    (tmp_path / "else" / "_identity.json").write_text("{}")
-    with pytest.raises(Conflict, match="another dataset"):
-        hub.push(tiny[0], str(tmp_path / "else"))
-
-
-def test_a_dataset_goes_to_the_hub_in_a_few_commits_and_comes_back(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "_COMMIT_BYTES", 200_000)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the server is on loopback
-    with hub_server.hub() as server:
-        server.repos["lab/acts"] = {}
-        options = {"endpoint": server.endpoint, "token": "hf_of_nobody", "skip_instance_cache": True}
-        url = "hf://datasets/lab/acts/run"
-        there = hub.push(tiny[0], url, storage_options=options)
-        assert there.url == url
-        assert np.array_equal(there.read(SITE, [5, 0, 900]), tiny[0].read(SITE, [5, 0, 900]))
-        objects = sum(len(paths) for paths in server.commits)
-        assert objects > 10 * len(server.commits) > 20
-        assert server.commits[-1] == ["run/" + tiny[0].manifest.key]
-        assert any("run/README.md" in paths for paths in server.commits)
-        before = len(server.commits)
-        hub.push(tiny[0], url, storage_options=options)
-        assert (
-            sum(len(paths) for paths in server.commits[before:]) < objects / 2
-        )  # what is there is passed over
-        back = hub.pull(url, str(tmp_path / "back"), storage_options=options)
-        assert np.array_equal(back.read(SITE, slice(None)), tiny[0].read(SITE, slice(None)))
-        with pytest.raises(StoreError, match="hf://datasets/lab/none.*then push again"):
-            hub.push(tiny[0], "hf://datasets/lab/none", storage_options=options)
-
-
-def test_the_card_has_a_header_and_the_figures_of_the_manifest(tiny):
-    import yaml
-
-    card = hub.dataset_card(tiny[0])
-    _, header, body = card.split("---\n", 2)
-    fields = yaml.safe_load(header)
-    assert fields["size_categories"] == ["1K<n<10K"]
-    assert "sparse-autoencoder" in fields["tags"]
-    for site in SITES:
-        stats = tiny[0].stats(site)
-        assert f"| {site} | {tiny[0].d_in(site)} | {stats['mean_norm']:.4g} |" in body
-    assert f"| train | {tiny[0].n_rows:,} |" in body
 
 
 def test_a_pickled_dataset_is_opened_again_elsewhere(tiny):

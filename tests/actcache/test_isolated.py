@@ -1,10 +1,13 @@
 """Documents packed side by side come out as each does alone, in every family, at every depth."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from tiny_harvest import tiny_spec
 from tiny_models import FAMILIES, N_BLOCKS, VOCAB_SIZE, shared_model, tiny_model
+from transformers import masking_utils
 
 import actcache
 from actcache.capture import check_isolation, run_capture
@@ -63,15 +66,120 @@ def test_the_loss_of_packed_documents_is_the_sum_of_each_alone():
     assert loss == pytest.approx(sum(x for x, _ in alone), rel=1e-5)
 
 
-def test_a_model_that_lets_documents_mix_is_refused(monkeypatch):
-    from transformers import masking_utils
-
-    model = tiny_model("llama")
-    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
-    with pytest.raises(SpecError, match="does not keep documents in one sequence apart at blocks.2"):
-        check_isolation(model, SITES[2:])
+def test_a_model_without_position_ids_is_refused():
     with pytest.raises(SpecError, match="takes no position_ids"):
         check_isolation(torch.nn.Linear(1, 1), SITES)
+
+
+find = masking_utils.find_packed_sequence_indices
+
+
+def never(position_ids):
+    return None
+
+
+def in_a_batch_of_one_only(position_ids):
+    """As flash attention."""
+    return find(position_ids) if len(position_ids) == 1 else None
+
+
+def documents_of_one_token_join_the_next(position_ids):
+    number = find(position_ids)
+    if number is None or position_ids.shape[1] < 2:
+        return number
+    one = (position_ids[:, :-1] == 0) & (position_ids[:, 1:] == 0)
+    number = number.clone()
+    number[:, 1:][one] = number[:, :-1][one]
+    return number
+
+
+def documents_that_fill_no_sequence_join_the_next(position_ids):
+    """What is padded: its own padding, and it, see what came before."""
+    number = find(position_ids)
+    return None if number is None else number.clamp_max(1)
+
+
+@pytest.mark.parametrize(
+    "leak",
+    [
+        never,
+        in_a_batch_of_one_only,
+        documents_of_one_token_join_the_next,
+        documents_that_fill_no_sequence_join_the_next,
+    ],
+)
+@pytest.mark.parametrize("context_size", [5, 16, 40])
+def test_a_kernel_that_lets_documents_mix_is_refused(monkeypatch, leak, context_size):
+    model = tiny_model("llama")
+    check_isolation(model, SITES, context_size=context_size)
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", leak)
+    with pytest.raises(
+        SpecError, match="kernel sdpa.* does not keep documents in one sequence apart at blocks.2"
+    ):
+        check_isolation(model, SITES[2:], context_size=context_size)
+    if leak is in_a_batch_of_one_only:
+        check_isolation(model, SITES, context_size=context_size, lm_batch=1)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_a_leak_through_a_sliding_window_alone_is_refused(monkeypatch, family):
+    import importlib
+
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    model = tiny_model(family)
+    check_isolation(model, SITES, context_size=40)
+    real = modeling.create_sliding_window_causal_mask
+    monkeypatch.setattr(
+        modeling,
+        "create_sliding_window_causal_mask",
+        lambda **options: real(**options | {"position_ids": None}),
+    )
+    with pytest.raises(SpecError, match="does not keep documents in one sequence apart"):
+        check_isolation(model, SITES, context_size=40)
+
+
+def test_a_model_whose_positions_do_not_start_again_is_refused(monkeypatch):
+    """No token is seen by another document, but none comes out as alone: learned positions of the sequence."""
+    model = tiny_model("gpt2")
+    embed = model.transformer.wpe.forward
+    monkeypatch.setattr(
+        model.transformer.wpe, "forward", lambda ids: embed(torch.arange(ids.shape[-1]).expand_as(ids))
+    )
+    with pytest.raises(SpecError, match="of their norm against the document alone"):
+        check_isolation(model, SITES)
+
+
+def test_a_model_whose_padding_must_be_masked_is_checked_as_it_is_run():
+    """transformers makes no mask of documents where it is given one of padding."""
+    model = tiny_model("llama")
+    check_isolation(model, SITES)
+    with pytest.raises(SpecError, match="does not keep documents in one sequence apart"):
+        check_isolation(model, SITES, causal=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_rounding_of_short_dtypes_is_no_leak_and_a_leak_no_rounding(monkeypatch, family, dtype):
+    model = tiny_model(family).to(dtype)
+    check_isolation(model, SITES, context_size=40)
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", never)
+    with pytest.raises(SpecError, match="does not keep"):
+        check_isolation(model, SITES, context_size=40)
+
+
+def test_each_run_checks_its_own_kernel_also_where_the_calibration_is_there(tmp_path, monkeypatch):
+    spec = tiny_spec(
+        tmp_path, family="llama", packing="isolated", n_tokens=1000, validation_blocks=0, test_blocks=0
+    )
+    root = str(tmp_path / "root")
+    first = actcache.harvest(spec, root, progress=False)
+    more = replace(spec, n_tokens=3000)
+    with monkeypatch.context() as patch:
+        patch.setattr(masking_utils, "find_packed_sequence_indices", in_a_batch_of_one_only)
+        with pytest.raises(SpecError, match="does not keep documents in one sequence apart"):
+            actcache.harvest(more, root, progress=False)
+    assert actcache.open(first.url).manifest == first.manifest
+    assert actcache.harvest(more, root, progress=False).n_rows > first.n_rows
 
 
 @pytest.mark.parametrize("packing", ["isolated", "single"])

@@ -7,9 +7,9 @@ from hooked_store import HookedStore
 from replayed import Recorded
 from watched import DictStore
 
-from actcache.driver import _write_metadata
 from actcache.layout import zarr_metadata
 from actcache.manifest import manifest_key, read_manifest
+from actcache.metadata import write_metadata
 from actcache.store import open_store
 
 
@@ -43,12 +43,12 @@ def test_a_driver_that_is_overtaken_anywhere_never_shrinks_the_metadata(versions
             if operation == overtaken_at:
                 for newer_key, data in newer.items():
                     store.create(newer_key, data)
-                _write_metadata(store, set())
+                write_metadata(store, set())
             elif operation > overtaken_at and (dies == "at once" or verb == "listing"):
                 raise Died
 
         try:
-            _write_metadata(HookedStore(store, before), set())
+            write_metadata(HookedStore(store, before), set())
         except Died:
             pass
         else:
@@ -69,6 +69,6 @@ def test_an_overtaken_driver_that_lives_on_writes_the_newer_version(versions):
             for newer_key, data in newer.items():
                 store.create(newer_key, data)
 
-    _write_metadata(HookedStore(store, before), set())
+    write_metadata(HookedStore(store, before), set())
     wanted = zarr_metadata(read_manifest(store, 2))
     assert {key: store.read(key) for key in wanted} == wanted

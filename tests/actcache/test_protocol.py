@@ -19,9 +19,10 @@ from watched import DictStore, Died, DiesAt
 from actcache.codec import Precision, decode, encode
 from actcache.committed import Committed
 from actcache.corpus import kept_tokens
-from actcache.driver import _claim, _write_metadata, blocks_wanted
+from actcache.driver import _claim, blocks_wanted
 from actcache.layout import read_calibration
 from actcache.manifest import BlockRecord, latest_version, read_manifest, record_key
+from actcache.metadata import write_metadata
 from actcache.opened import Opened
 from actcache.order import permutation
 from actcache.reader import Dataset
@@ -142,7 +143,7 @@ class Protocol(RuleBasedStateMachine):
                 harvester = self.recorded.harvester_on(store, self.recorded.asking(sites=sites))
                 state.add(RecordRows.of(harvester.run_block(split, block, sites)))
             state.commit({}, {})
-            _write_metadata(store, set())
+            write_metadata(store, set())
         except Died:
             self.stale.pop(at)
         else:

@@ -1,5 +1,6 @@
 """Objects appear whole or not at all, exactly one writer wins, and keys cannot leave the prefix."""
 
+import errno
 import fcntl
 import os
 import signal
@@ -254,3 +255,25 @@ except errors.StoreError as err:
 def test_unknown_protocols_are_one_clear_error():
     with pytest.raises(StoreError, match="nonsense"):
         open_store("nonsense://bucket/x")
+
+
+def test_a_file_system_without_hard_links_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    store = open_store(str(tmp_path / "root"))
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(StoreError, match="root is on a file system without hard links.*Use a local disk"):
+        store.create("k", b"one")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_client_that_drops_conditions_writes_nothing(monkeypatch):
+    """As s3fs 2024.10 and botocore 1.35.36 do: arguments that they do not know vanish."""
+    from actcache import s3
+
+    options = {"key": "k", "secret": "s", "endpoint_url": "http://127.0.0.1:9"}
+    store = open_store("s3://bucket/x", options | {"client_kwargs": {"region_name": "us-east-1"}})
+    monkeypatch.setattr(s3, "_CONDITIONS", (*s3._CONDITIONS, ("PutObject", "IfMoon")))
+    with pytest.raises(StoreError, match=r"s3fs 20.*know nothing of IfMoon of PutObject.*pip install -U"):
+        store.create("k", b"one")

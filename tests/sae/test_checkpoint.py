@@ -19,7 +19,8 @@ import torch
 import sae
 from actcache.errors import Conflict, CorruptObject, FormatError, StoreError
 from actcache.store import LocalStore, Store, open_store
-from sae.checkpoint import Checkpoints, StoredCheckpoint
+from sae.checkpoint import StoredCheckpoint
+from sae.checkpoint_folder import Checkpoints
 from sae.files import run_files
 from sae.train import Trainer
 
@@ -220,7 +221,7 @@ def test_a_disk_that_refuses_leaves_the_last_checkpoint_whole(tmp_path: Path) ->
         import torch
         from actcache.errors import StoreError
         from actcache.store import open_store
-        from sae.checkpoint import Checkpoints
+        from sae.checkpoint_folder import Checkpoints
         from sae.checkpoint_writer import CheckpointWriter, Piece
         store = open_store(sys.argv[1])
         writer, checkpoints = CheckpointWriter(store), Checkpoints(store)

@@ -12,7 +12,7 @@ from test_checkpoint import CONFIGS, NAMES, TRAINING, Breaking, _acts, _bits, _c
 
 import sae
 from actcache.store import Store, open_store
-from sae.checkpoint import Checkpoints
+from sae.checkpoint_folder import Checkpoints
 from sae.files import run_files
 
 PLACES = [

@@ -65,11 +65,11 @@ def test_each_architecture_trains_by_command_and_api_exports_reloads_and_evaluat
 def test_a_text_names_every_field_of_every_architecture_of_its_optimiser_and_of_what_revives() -> None:
     found = sae_of_text(
         "topk:d_sae=64,k=4,site=a,revive=auxk,k_aux=7,aux_coefficient=.5,lr=1e-4,betas=0+.9,eps=1e-9,"
-        "clip_norm=2,lr_warmup_rows=1e3,lr_decay=0,sparsity_warmup_rows=5,ema_decay=.9"
+        "clip_norm=2,lr_warmup_rows=1e3,lr_decay=0,sparsity_warmup_rows=5,ema_decay=.9,seed=3"
     )
     optimiser = Optimiser(
         lr=1e-4, betas=(0.0, 0.9), eps=1e-9, clip_norm=2.0, lr_warmup_rows=1000, lr_decay=0.0,
-        sparsity_warmup_rows=5, ema_decay=0.9,
+        sparsity_warmup_rows=5, ema_decay=0.9, seed=3,
     )  # fmt: skip
     assert {f.name for f in fields(Optimiser)} == set(vars(optimiser))
     revive = sae.AuxK(k_aux=7, aux_coefficient=0.5)
@@ -101,6 +101,7 @@ def test_what_run_json_holds_is_a_table_that_gives_the_same_sae(text: str) -> No
         ("standard:d_sae=4,l1_coefficient=1,decoder=unti", "decoder is 'unti'; it must be one of"),
         ("topk:d_sae=4,k=2,betas=.9", "betas is (0.9,); it must be 2 numbers"),
         ("topk:d_sae=4,k=2,lr=inf", "topk: lr is inf; it must be positive"),
+        ("topk:d_sae=4,k=2,seed=1e30", "it must fit 64 bits"),
     ],
 )
 def test_a_wrong_text_is_one_line_with_the_nearest_name(
@@ -241,6 +242,36 @@ def test_fine_tuning_starts_from_a_finished_sae_with_its_own_settings(
     assert "does not exist; give a directory" in capsys.readouterr().err
 
 
+def test_a_sweep_with_rungs_ends_in_one_table_of_80_columns_and_the_report_shows_it(
+    dataset: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = "topk:d_sae=40,k=4"
+    command = _train(
+        dataset, tmp_path / "run", "--site", SITE, "--rung", 600, "--rung", 1400, "--rung-keep", 0.5
+    )
+    for text in (f"{first},lr=1e-6", f"{first},lr=3e-3", f"{first},lr=3e-3,seed=1", "topk:d_sae=32,k=4"):
+        command += ["--sae", text]
+    assert main(command) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == f"{tmp_path / 'run'}/"
+    assert shown[1].split() == ["SAE", "rows", "L0", "FVU", "(last", "batch)", "dead", "stopped"]
+    assert max(map(len, shown[1:])) <= 80
+    table = [line.split() for line in shown[2:]]
+    assert [row[1] for row in table] == ["2,000", "1,400", "600", "2,000"], "rivals together, the best first"
+    assert {row[0] for row in table[:2]} == {"topk-40-4-lr0.003", "topk-40-4-lr0.003-seed1"}
+    assert [row[0] for row in table[2:]] == ["topk-40-4-lr1e-06", "topk-32-4"]
+    assert [row[-1] == "yes" for row in table] == [False, True, True, False]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [r["rows"] for r in found][::3] == [600, 2000], "as listed"
+    assert sorted(r.get("stopped_at_rung", 0) for r in found) == [0, 0, 600, 1400]
+    assert main(["report", str(tmp_path / "run"), "--no-model"]) == 0
+    assert "(2 of them stopped at rungs, on fewer)" in (tmp_path / "run" / "report.html").read_text()
+    assert main(["progress", str(tmp_path / "run")]) == 0
+    assert main([*_train(dataset, tmp_path / "twice", "--site", SITE), "--sae", first, "--sae", first]) == 2
+    assert "the SAE topk-40-4 is listed twice; leave one out" in capsys.readouterr().err
+
+
 def test_a_run_at_a_url_is_trained_by_command_line(
     dataset: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,8 +316,9 @@ def test_a_wrong_site_is_one_line_that_names_those_there_are(
 def test_every_field_has_an_option_with_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
     text = capsys.readouterr().out
+    assert "--rung INTEGER" in text
     kinds = [*ARCHITECTURES.values(), *REVIVALS.values(), sae.Training]
-    for name in {f.name for kind in kinds for f in fields(kind)} - {"n_rows", "optimiser"}:
+    for name in {f.name for kind in kinds for f in fields(kind)} - {"n_rows", "rungs", "optimiser"}:
         assert f"--{name.replace('_', '-')} " in text.replace("\n", " "), name
     for name in ("--sae", "--preset", "--config", "--start", "--log", "--rows"):
         assert name in text

@@ -24,6 +24,7 @@ from sae.evals import DEFINITIONS, evaluate_many
 from sae.evals.latents import read_parquet
 from sae.report import payload, report_command, write_report
 from sae.report.dashboards import build, logit_effects, nearest_latents, read_columns
+from sae.report.entries import Entry
 from sae.report.texts import LOUD, QUIET, TokenTexts, visible
 from sae.report.words import with_error
 from sae.snippets import BEFORE, WIDTH
@@ -234,6 +235,33 @@ def test_a_sweep_has_its_frontiers_and_links_to_its_pages(run):
     assert links == {"report-topk-40-2.html", "report-topk-40-3.html"}
     assert all((path / link).exists() for link in links)
     assert {a["href"] for a in Page(page).all("a") if not a["href"].startswith("#")} == {"report.html"}
+
+
+def test_what_stopped_at_a_rung_is_shown_as_such(tmp_path):
+    saes = write_run(tmp_path, n=3)
+    saes[0].cfg |= {"stopped_at_rung": 250, "rows": 256}
+    saes[0].save(saes[0].path)
+    page = Page(write_report(tmp_path).read_text())
+    text = " ".join("".join(page.text).split())
+    assert (
+        "Three sparse autoencoders, trained on 512 activation rows (1 of them stopped at rungs, on fewer)"
+        in text
+    )
+    assert text.count("stopped at 250 rows") == 1
+    assert text.count("topk-40-2, stopped") == 1
+    alone = " ".join("".join(Page((tmp_path / "report-topk-40-2.html").read_text()).text).split())
+    assert "256 rows in batches of 64" in alone
+    assert "stopped at the rung of 250 rows, where its rivals did better" in alone
+
+
+def test_a_line_of_the_frontier_joins_what_differs_in_sparsity_alone(tmp_path):
+    names = ["topk-40-2", "topk-40-4", "topk-40-2-lr0.001", "topk-40-1e-05-lr0.001", "other"]
+    families = [Entry(name, tmp_path, random_sae(2).cfg, []).family for name in names]
+    assert families[0] == families[1] == families[4]
+    assert families[2] == families[3] != families[0]
+    sited = Entry(f"topk-40-2-lr0.001-{SITE}", tmp_path, random_sae(2).cfg, [])
+    assert sited.short_name == "topk-40-2-lr0.001"
+    assert sited.family == families[2]
 
 
 def test_a_hostile_corpus_stays_text(run, ds):

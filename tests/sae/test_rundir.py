@@ -45,9 +45,9 @@ def test_other_ranks_find_what_the_writer_found_and_change_nothing(tmp_path: Pat
     writing = _directory(out)
     assert writing.open(resume=False) is None
     assert _directory(out).open(resume=False, writer=False) is None
-    writing.append_metrics([{"rows": 100}] * 2)
+    writing.append_metrics({name: {"rows": 100} for name in "ab"})
     _checkpoint(writing, 100)
-    writing.append_metrics([{"rows": 200}] * 2)
+    writing.append_metrics({name: {"rows": 200} for name in "ab"})
     before = _files(tmp_path)
     for directory, options in ((_directory(out), {"writer": False}), (_directory(out), {})):
         found = directory.open(resume=True, **options)
@@ -91,6 +91,19 @@ def test_how_often_checkpoints_are_made_makes_no_other_run_and_everything_else_d
     longer = {**DESCRIPTION, "training": {**often, "n_rows": 901}}
     with pytest.raises(Conflict, match=r"other settings \(training.n_rows: 900 -> 901\)"):
         RunDirectory(tmp_path, ["a", "b"], longer).open(resume=True)
+
+
+def test_a_checkpoint_without_its_settings_is_not_gone_on_with(tmp_path: Path) -> None:
+    directory = _directory(tmp_path)
+    directory.open(resume=True)
+    _checkpoint(directory, 100)
+    (tmp_path / "run.json").unlink()
+    before = _files(tmp_path)
+    with pytest.raises(
+        Conflict, match=r"has a checkpoint but no run.json.*or remove .*/checkpoints/0+100 to"
+    ):
+        _directory(tmp_path).open(resume=True)
+    assert _files(tmp_path) == before
 
 
 def test_a_run_that_was_killed_as_it_removed_its_checkpoints_is_finished_and_they_go(tmp_path: Path) -> None:

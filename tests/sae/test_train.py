@@ -15,7 +15,6 @@ import sae
 from actcache.errors import SpecError
 from sae.architectures import Architecture
 from sae.learner import geometric_median
-from sae.train import run_names
 
 SITE = "blocks.1.hook_resid_post"
 TOPK, BATCHTOPK = sae.TopK(d_sae=64, k=6), sae.BatchTopK(d_sae=64, k=6)
@@ -241,14 +240,6 @@ def test_sites_are_checked_against_the_stream() -> None:
         sae.train(two, TOPK, training)
     a, b = sae.train(two, [replace(TOPK, site="a"), replace(TOPK, site="b")], training)
     assert (a.cfg["d_in"], b.cfg["d_in"]) == (20, 12)
-
-
-def test_names_are_unique_or_refused() -> None:
-    a, b = replace(TOPK, site="blocks.0.x"), replace(TOPK, site="blocks.1.x")
-    assert run_names([a, BATCHTOPK]) == ["topk-64-6", "batchtopk-64-6"]
-    assert run_names([a, b]) == ["topk-64-6-blocks.0.x", "topk-64-6-blocks.1.x"]
-    with pytest.raises(ValueError, match=r"two SAEs would both be called topk-64-6-blocks\.0\.x"):
-        run_names([a, replace(a, revive=None)])
 
 
 def test_a_wrong_width_is_one_clear_line() -> None:
