@@ -96,7 +96,7 @@ def find(spec: "Spec", root: str, storage_options: Mapping[str, Any] | None = No
     except NotADataset:
         return None
     tokens = open_tokens(
-        base.sub(f"tokens/{token_store_name(resolved.identity['tokens'], spec.corpus.source)}")
+        base.sub(f"tokens/{token_store_name(resolved.identity['tokens'], spec.corpus.shown)}")
     )
     rows = {split: tokens.n_rows(split) for split in SPLITS} if tokens else {}
     have, wanted = coverage(dataset.manifest, spec, resolved.sites, rows)

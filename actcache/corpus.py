@@ -29,7 +29,7 @@ from .packing import Packer, Spill, position_ids
 from .pieces import PIECE_LENGTH, may_be_cut, pieces
 from .progress import Progress, format_count
 from .shard import array_metadata, decode_shard, group_metadata, shard_key
-from .sources import EMPTY, Document, ResolvedCorpus, Skipped, documents
+from .sources import Document, ResolvedCorpus, Skipped, documents
 from .spec import FORMAT, Corpus, Spec, canonical_json, digest, token_store_name
 from .store import Store
 
@@ -271,12 +271,12 @@ def tokenise(
             a strict corpus.
     """
     identity = tokens_identity(spec, resolved, tokenizer) if identity is None else identity
-    store = root.sub(f"tokens/{token_store_name(identity, spec.corpus.source)}")
+    store = root.sub(f"tokens/{token_store_name(identity, spec.corpus.shown)}")
     found = open_tokens(store)
     if found is not None:
-        if spec.corpus.strict and any(
-            count for reason, count in found.manifest["skipped"].items() if reason != EMPTY
-        ):
+        known = Skipped(dict(found.manifest["skipped"]))
+        known.check_share(sum(map(found.n_documents, SPLITS)), spec.corpus)
+        if spec.corpus.strict and known.n_malformed:
             raise CorpusError(
                 f"{store.url} was built without these documents: {found.manifest['skipped']}. Repair them, or read "
                 "the corpus without strict"
@@ -291,23 +291,24 @@ def tokenise(
             for document in _encoded(resolved, encode, skipped, run):
                 writers[document.split].add(document)
                 bar.advance(len(document.ids))
+        skipped.check_share(sum(writer.packer.n_documents for writer in writers.values()), spec.corpus)
         for reason, count in skipped.counts.items():
             log.warning("%d documents skipped (%s), the first is %s", count, reason, skipped.first[reason])
         if not any(writer.packer.n_documents for writer in writers.values()):
             why = "".join(f", {count} documents skipped: {name}" for name, count in skipped.counts.items())
             raise CorpusError(
-                f"corpus {spec.corpus.source!r} holds no text ({len(resolved.files)} files read{why})"
+                f"corpus {spec.corpus.shown!r} holds no text ({len(resolved.files)} files read{why})"
             )
         splits = {split: writer.finish() for split, writer in writers.items()}
     if not writers["train"].packer.n_documents:
         n = sum(writer.packer.n_documents for writer in writers.values())
         raise CorpusError(
-            f"corpus {spec.corpus.source!r} has {n} documents, all of which fall into the other splits by their "
+            f"corpus {spec.corpus.shown!r} has {n} documents, all of which fall into the other splits by their "
             "content; give more documents, or lower validation_share and test_share"
         )
     if not splits["train"]["n_rows"]:
         raise CorpusError(
-            f"corpus {spec.corpus.source!r} keeps no row: every token of its train split is special"
+            f"corpus {spec.corpus.shown!r} keeps no row: every token of its train split is special"
         )
     manifest: dict[str, Any] = {
         "format": FORMAT,

@@ -220,7 +220,7 @@ def harvest(
     resolved = resolve(spec, storage_options)
     base = open_store(root, storage_options)
     found = find_dataset(base, resolved.id)
-    name = found or dataset_name(resolved.identity, spec.corpus.source)
+    name = found or dataset_name(resolved.identity, spec.corpus.shown)
     store = base.sub(name)
     is_there = _is_there(base, store, resolved)
     if not is_there:
@@ -275,7 +275,7 @@ def _engine_of(
 
 def _is_there(base: Store, store: Store, resolved: Resolved) -> bool:
     """Whether a version holds all that is asked for."""
-    name = token_store_name(resolved.identity["tokens"], resolved.spec.corpus.source)
+    name = token_store_name(resolved.identity["tokens"], resolved.spec.corpus.shown)
     tokens = open_tokens(base.sub(f"tokens/{name}"))
     if tokens is None or not latest_version(store):
         return False
@@ -296,7 +296,7 @@ def harvest_missing(
     progress: bool = True,
 ) -> None:
     """Compute and commit what `store` lacks of `resolved`; no engine is made where nothing is missing."""
-    source = shown_source(resolved.spec.corpus.source)
+    source = shown_source(resolved.spec.corpus.shown)
     wanted = blocks_wanted(resolved, tokens)
     state = Committed(store, resolved.identity, source, resolved.widths, wanted)
     missing = state.missing()

@@ -325,4 +325,5 @@ def _objects(
     rewritten = grow * (versions - (manifest is None))
     once += 4 * versions  # manifest and three files of a segment
     lease = 1  # and its renewals, six a minute, which are not counted
-    return new + once, put + once + rewritten + lease
+    probe = 2  # of the store's conditions; four on S3
+    return new + once, put + once + rewritten + lease + probe

@@ -177,7 +177,7 @@ def plan(
     identity = _identity(found, corpus, base is not None, notes)
     entries = [] if base is None else _same_model(base, identity)
     dataset, certain = (None, True) if base is None else _find_dataset(base, identity, entries)
-    store = None if base is None else _find_tokens(base, identity, spec.corpus.source)
+    store = None if base is None else _find_tokens(base, identity, spec.corpus.shown)
     tokens = _tokens(spec, corpus, identity, found, store)
     manifest = dataset.manifest if dataset else None
     extent = extents(
@@ -204,13 +204,13 @@ def plan(
     _note_needs(needs, buffer_bytes, lm_batch, notes)
     return Plan(
         model=found.model_id,
-        corpus=shown_source(spec.corpus.source),
+        corpus=shown_source(spec.corpus.shown),
         context_size=spec.context_size,
         precision=identity["precision"],
         block_rows=found.block_rows,
         chunk_rows=found.chunk_rows,
         root=root,
-        name=None if _unknown(identity) else dataset_name(identity, spec.corpus.source),
+        name=None if _unknown(identity) else dataset_name(identity, spec.corpus.shown),
         existing=_existing(dataset, certain),
         tokens=tokens,
         extent=extent,
