@@ -85,7 +85,7 @@ def _lines(out: Path, name: str) -> list[dict[str, Any]]:
 
 def _curves(out: Path) -> dict[str, list[dict[str, Any]]]:
     """Metrics without what the clock decides, nor the layout."""
-    timed = ("rows_per_s", "stall_share", "world_size", "stall_by_rank")
+    timed = ("rows_per_s", "stall_share", "world_size", "spread", "stall_by_rank")
     return {
         name: [{k: v for k, v in line.items() if k not in timed} for line in _lines(out, name)]
         for name in NAMES
@@ -153,6 +153,8 @@ def test_a_run_killed_before_and_after_a_rung_ends_in_the_undisturbed_result(
     newest = Checkpoints(run_files(tmp_path).store).newest()
     assert newest is not None
     assert newest.rows == {5: 400, 6: 600, 11: 1000, 14: 1200}[last]
+    told = {5: 400, 6: 600, 11: 1000, 14: 1300}  # the last line of those that train, every third step
+    assert progress_of(tmp_path)["rows_done"] == told[last]
     _train(tmp_path)
     assert _digests(tmp_path) == _digests(straight)
     assert _curves(tmp_path) == _curves(straight)
