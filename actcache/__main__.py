@@ -44,6 +44,26 @@ def _parse_resources(_: Any, option: click.Parameter, values: tuple[str, ...]) -
     return amounts
 
 
+_lm_batch_option = click.option(
+    "--lm-batch",
+    type=int,
+    default=32,
+    show_default=True,
+    metavar="B",
+    help="Sequences in one forward pass; fewer where these are more than 65,536 tokens, or their rows more than a "
+    "quarter of --buffer.",
+)
+_buffer_option = click.option(
+    "--buffer",
+    "buffer_gib",
+    type=float,
+    default=4,
+    show_default=True,
+    metavar="GIB",
+    help="Rows and codes under way that a worker may hold in memory, beside the LM. One block always goes.",
+)
+
+
 @click.group(context_settings=_SETTINGS)
 def cli() -> None:
     """Harvest a language model's activations once, stream them anywhere.
@@ -70,9 +90,7 @@ def cli() -> None:
     help="local: in this process; ray: actors on the cluster of RAY_ADDRESS, or on a fresh local one. "
     "Default: ray for more than one worker.",
 )
-@click.option(
-    "--lm-batch", type=int, default=32, show_default=True, metavar="B", help="Sequences in one forward pass."
-)
+@_lm_batch_option
 @click.option(
     "--device",
     default="cpu",
@@ -101,15 +119,7 @@ def cli() -> None:
     callback=_parse_labels,
     help="Label that an actor's node must have, e.g. pool=harvest; repeat for several.",
 )
-@click.option(
-    "--buffer",
-    "buffer_gib",
-    type=float,
-    default=4,
-    show_default=True,
-    metavar="GIB",
-    help="Rows and codes under way that a worker may hold in memory, beside the LM. One block always goes.",
-)
+@_buffer_option
 @click.option(
     "--attention",
     metavar="KERNEL",
@@ -163,6 +173,8 @@ def harvest(
             as_json,
             workers=workers,
             gpus_per_worker=gpus_per_worker or 1,
+            lm_batch=lm_batch,
+            buffer_bytes=_buffer_bytes(buffer_gib),
             storage_options=storage_options,
         )
         return
@@ -176,8 +188,6 @@ def harvest(
         raise click.UsageError(
             "--worker-resource and --worker-label are for Ray actors; give --engine ray too"
         )
-    if not 0 < buffer_gib < math.inf:
-        raise click.UsageError(f"--buffer is {buffer_gib}; give a number of GiB above 0")
     dataset = run_harvest(
         spec,
         root,
@@ -188,7 +198,7 @@ def harvest(
         gpus_per_worker=gpus_per_worker,
         attention=attention,
         compile=compile,
-        buffer_bytes=int(buffer_gib * 2**30),
+        buffer_bytes=_buffer_bytes(buffer_gib),
         placement={"num_cpus": cpus_per_worker, "resources": resources, "label_selector": labels},
         storage_options=storage_options,
     )
@@ -224,9 +234,11 @@ def harvest(
 @click.option(
     "--gpus-per-worker", type=float, default=1, show_default=True, help="GPUs that one worker takes."
 )
+@_lm_batch_option
+@_buffer_option
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
 @storage_option
-def plan(spec: "Spec", root: str | None, as_json: bool, **options: Any) -> None:
+def plan(spec: "Spec", root: str | None, as_json: bool, buffer_gib: float, **options: Any) -> None:
     """Say what a harvest would take: rows, bytes, requests, GPU hours, dollars, and when it has paid.
 
     Takes the options of `harvest`, writes nothing and reads no weights. What could not be counted in a
@@ -239,7 +251,13 @@ def plan(spec: "Spec", root: str | None, as_json: bool, **options: Any) -> None:
           --site 'blocks.{4,8}.hook_resid_post' --tokens 100000000 --lm-dtype bfloat16 \\
           --root s3://bucket/acts --workers 8 --gpu a100 --prices ours.toml
     """
-    _print_plan(spec, root, as_json, **options)
+    _print_plan(spec, root, as_json, buffer_bytes=_buffer_bytes(buffer_gib), **options)
+
+
+def _buffer_bytes(buffer_gib: float) -> int:
+    if not 0 < buffer_gib < math.inf:
+        raise click.UsageError(f"--buffer is {buffer_gib}; give a number of GiB above 0")
+    return int(buffer_gib * 2**30)
 
 
 def _print_plan(spec: "Spec", root: str | None, as_json: bool, **options: Any) -> None:

@@ -17,7 +17,6 @@ from .gathering import Gather
 from .mixing import check_same, differences, windows_of
 from .order import Order, Span
 from .reader import Index
-from .spec import FORMAT
 from .stream import Batch, Rows, Stream, StreamOptions
 
 if TYPE_CHECKING:
@@ -206,7 +205,7 @@ class ZippedStream:
 
     def _order_id(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            "format": 1,
             "kind": "zip",
             "chunk_rows": self._chunk_rows,
             "parts": [stream._order_id() for stream in self._streams.values()],

@@ -96,7 +96,7 @@ def find(spec: "Spec", root: str, storage_options: Mapping[str, Any] | None = No
     except NotADataset:
         return None
     tokens = open_tokens(
-        base.sub(f"tokens/{token_store_name(resolved.identity['tokens'], spec.corpus.source)}")
+        base.sub(f"tokens/{token_store_name(resolved.identity['tokens'], spec.corpus.shown)}")
     )
     rows = {split: tokens.n_rows(split) for split in SPLITS} if tokens else {}
     have, wanted = coverage(dataset.manifest, spec, resolved.sites, rows)
@@ -185,8 +185,9 @@ def describe(dataset: "Dataset") -> dict[str, Any]:
     for site in dataset.sites:
         if not manifest.sites[site].n_blocks.get("train"):
             continue
-        stats = {k: v for k, v in dataset.stats(site).items() if isinstance(v, int | float)}
-        sites[site] = {"d_in": dataset.d_in(site), **stats}
+        stats = dataset.stats(site)
+        sites[site] = {"d_in": dataset.d_in(site), "fvu_median_channel": stats["fvu_median_channel"]}
+        sites[site] |= {k: v for k, v in stats.items() if isinstance(v, int | float)}
         for name in ("ce_clean", "ce_stored", "ce_change"):
             sites[site][name] = manifest.fidelity.get(site, {}).get(name)
     return {

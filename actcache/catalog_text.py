@@ -47,7 +47,7 @@ def print_description(description: Mapping[str, Any], console: Console) -> None:
     console.print(f"  {'size':14s}{format_bytes(description['size_bytes'])}")
     table = Table(box=None, padding=(0, 1))
     table.add_column("site", no_wrap=True)
-    for name in ("d_in", "bits/value", "FVU core", "FVU all", "rescaled", "CE change"):
+    for name in ("d_in", "bits/value", "FVU core", "FVU all", "median channel", "rescaled", "CE change"):
         table.add_column(name, justify="right", no_wrap=True)
     for site, s in description["sites"].items():
         change = "not measured" if s["ce_change"] is None else f"{s['ce_change']:+.1e}"
@@ -55,6 +55,7 @@ def print_description(description: Mapping[str, Any], console: Console) -> None:
             f"{s['bits_per_value']:.2f}",
             f"{s['fvu_core']:.2e}",
             f"{s['fvu_all']:.2e}",
+            "not known" if s["fvu_median_channel"] is None else f"{s['fvu_median_channel']:.2e}",
             str(s["rows_rescaled"]),
         )
         table.add_row(site, str(s["d_in"]), *numbers, change)

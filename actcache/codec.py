@@ -1,31 +1,44 @@
 """Row codecs: how activation rows become stored numbers, and what precision that costs.
 
-`quantise` is the one lossy step between the LM and the SAE. Its error bound is part of the
-format (docs/format.md, "Precision") and is tested, not assumed.
-Shapes: N rows, D = d_in.
+`calibrate` chooses, from a sample of a site's rows, the offset, the step and the multiples of it that loud
+channels take, so that the noise stays below a stated share of the variance; `encode` and `decode` apply them.
+The rule is in docs/format.md, "Calibration"; the arithmetic in `actcache.quantise`.
+Shapes: N rows, M core rows, D = d_in.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from .errors import Conflict, NonFiniteActivation, SpecError
+from .errors import SpecError
+from .quantise import (
+    MAX_CODE,
+    check_finite,
+    check_range,
+    decode_plain,
+    decode_rotated,
+    decode_rotated_components,
+    project,
+    quantise,
+    quantise_rotated,
+    quantised_pieces,
+    squared_distance,
+    to_bf16_bits,
+)
 
 CORE_RADIUS = 16.0
 """A core row lies within this many times the median squared distance from the per-channel median."""
 
-MAX_CODE = {"fvu": 127, "rotated": 32767}
-"""Symmetric: the integer below -127 or -32767 stays unused, so that it marks holes."""
 _MARGIN = 0.95  # without it "noise <= fvu" is a coin flip; it costs 0.04 bit
-_EDGE = 2.0**-5  # by which kernels may differ at the edge of a code's range: bf16 rounds to 2^-8
-_PIECE_VALUES = 2**17
-_PRODUCT_ROWS = 1024  # fewer, and a product with a wide rotation waits for memory
-_SAFE_PEAK = 1e15  # squares of what is smaller, and their sums, stay float32 numbers
-LARGEST = 2.0**127  # distance from the offset at which decoding could overflow float32; less by D if rotated
 _TINY_STEP = 2.0**-100  # a constant site still gets a positive step
+_SAMPLE_ROWS = 8192  # for medians and for which channels are loud: a median takes 30 ns a value
+_PART_VALUES = 2**22  # 16 MiB: what is looked at, or sorted, at a time
+_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
+_MOST_NOISE = 4.0  # by which the channels' multiples may raise the noise of a step: then it halves
+_MOST_POWER = 64  # of a row's multiple, in that choice
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,7 @@ class Precision:
     def decode_line(self) -> str:
         """The line of numpy that turns the stored arrays into float32, recorded in the dataset."""
         return {
-            "fvu": "codes * scale[:, None] + offset",
+            "fvu": "codes * scale[:, None] * channel + offset",
             "rotated": "(((codes >> 1).astype('<i2') ^ -(codes & 1).astype('<i2')) * scale[:, None]) "
             "@ rotation + offset",
             "bf16": "(codes.astype('<u4') << 16).view('<f4')",
@@ -91,7 +104,7 @@ class Precision:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What one site's rows look like, from a fixed prefix of the train split.
+    """What one site's rows look like, from a fixed sample of the train split.
 
     The step follows from the *core* rows: a handful of attention-sink rows at 100 times the
     usual norm would otherwise set a step that drowns everybody else.
@@ -117,52 +130,108 @@ class Calibration:
     rotation_DD: np.ndarray | None = None
     """float32, orthogonal: row c is the c-th principal component of the core rows (`rotated` only)."""
 
+    channel_D: np.ndarray | None = None
+    """float32 [D]: the multiple of the step that each channel takes, a power of two (`fvu` only; None
+    in datasets of format 1, where it is 1)."""
+
+    @cached_property
+    def loud_D(self) -> np.ndarray | None:
+        """`channel_D` where some channel's multiple is not 1, else None: the usual arithmetic leaves it out."""
+        return None if self.channel_D is None or (self.channel_D == 1).all() else self.channel_D
+
     @cached_property
     def rotated_offset_D(self) -> np.ndarray:
         """float32 [D]: the offset in the coordinates of the principal components (`rotated` only)."""
         assert self.rotation_DD is not None
         return (self.rotation_DD.astype(np.float64) @ self.offset_D).astype(np.float32)
 
+    @property
+    def step2_D(self) -> np.ndarray | float:
+        """Square of each channel's step."""
+        return (
+            self.step**2 if self.channel_D is None else (self.step * self.channel_D.astype(np.float64)) ** 2
+        )
+
+
+class _Rows:
+    """Some rows of a matrix in parts, which are copies where rows between them are left out."""
+
+    def __init__(self, acts_ND: np.ndarray, row_M: np.ndarray) -> None:
+        self._acts_ND, self._row_M = acts_ND, row_M
+        self._all = len(row_M) == len(acts_ND)
+
+    def __len__(self) -> int:
+        return len(self._row_M)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        n_rows = max(1, _PART_VALUES // max(1, self._acts_ND.shape[1]))
+        for i in range(0, len(self), n_rows):
+            part = slice(i, i + n_rows)
+            yield self._acts_ND[part] if self._all else self._acts_ND[self._row_M[part]]
+
+    def every(self, n: int, first: int = 0) -> "_Rows":
+        """Every n-th of them from `first` on."""
+        return _Rows(self._acts_ND, self._row_M[first::n])
+
 
 def calibrate(acts_ND: np.ndarray, precision: Precision) -> Calibration:
-    """Choose offset and step so that the noise is at most `precision.fvu` of the core variance.
+    """Choose offset, step and channels' multiples so that the noise is at most `precision.fvu` of the core variance.
 
-    Deterministic; float64 sums.
+    Deterministic; float64 sums. Beside the rows it takes memory for some thousand of them; 65,536 rows
+    of d 4096 take some seconds of one core (`rotated`: minutes, for the rotation).
 
     Raises:
         NonFiniteActivation: names the first bad row.
+        SpecError: no step keeps the noise.
     """
     check_finite(acts_ND, "calibration row")
     if precision.quantised:
-        _check_range(acts_ND, np.arange(len(acts_ND)), precision)
-    median_D = np.median(acts_ND, axis=0).astype(np.float32)
-    distance2_N = squared_distance(acts_ND, median_D)
+        check_range(acts_ND, np.arange(len(acts_ND)), precision.rotated)
+    median_D = _medians(acts_ND[:: max(1, -(-len(acts_ND) // _SAMPLE_ROWS))])
+    all_rows = _Rows(acts_ND, np.arange(len(acts_ND)))
+    distance2_N = np.concatenate([squared_distance(part_ND, median_D) for part_ND in all_rows])
     radius2 = float(CORE_RADIUS * np.median(distance2_N))
-    core_MD = acts_ND[distance2_N <= radius2]
-    mean_D = core_MD.mean(axis=0, dtype=np.float64)
-    core_variance = sum(float(np.square(part_MD - mean_D).sum()) for part_MD in _parts(core_MD)) / len(
-        core_MD
-    )
-    step, offset_D, rotation_DD = 0.0, np.zeros_like(median_D), None
+    core = _Rows(acts_ND, np.flatnonzero(distance2_N <= radius2))
+    mean_D = sum(part_MD.sum(axis=0, dtype=np.float64) for part_MD in core) / len(core)
+    offset_D = mean_D.astype(np.float32)
+    core_variance = sum(_sum_of_squares(part_MD - offset_D) for part_MD in core) / len(core)
+    step, rotation_DD, channel_D = 0.0, None, None
     if precision.quantised:
-        offset_D = mean_D.astype(np.float32)
         if precision.rotated:
-            rotation_DD = _principal_components(core_MD[::2], mean_D)
+            rotation_DD = _principal_components(core.every(2), mean_D)
             # rows that the rotation was not fitted to: it flatters its own
-            held_out_MD = _project(core_MD[1::2], offset_D, rotation_DD)
-            step = _widest_step(held_out_MD, core_variance, precision)
+            held_out = core.every(2, first=1)
+            projected_MD = np.empty((len(held_out), len(offset_D)), np.float32)
+            at = 0
+            for part_MD in held_out:
+                projected_MD[at : at + len(part_MD)] = project(part_MD, offset_D, rotation_DD)
+                at += len(part_MD)
+            step = _widest_step(projected_MD, core_variance, precision)
         else:
-            step = _choose_step(core_MD, offset_D, core_variance, precision)
+            step, channel_D = _choose_step(core, offset_D, core_variance, precision)
     return Calibration(
-        offset_D=offset_D,
+        offset_D=offset_D if precision.quantised else np.zeros_like(offset_D),
         step=step,
         median_D=median_D,
         radius2=radius2,
         n_rows=len(acts_ND),
-        n_core=len(core_MD),
+        n_core=len(core),
         core_variance=core_variance,
         rotation_DD=rotation_DD,
+        channel_D=channel_D,
     )
+
+
+def _medians(acts_ND: np.ndarray) -> np.ndarray:
+    """float32 [D]: of each channel."""
+    n = max(1, _PART_VALUES // max(1, len(acts_ND)))
+    return np.concatenate(
+        [np.median(acts_ND[:, i : i + n], axis=0).astype(np.float32) for i in range(0, acts_ND.shape[1], n)]
+    )
+
+
+def _sum_of_squares(values_ND: np.ndarray) -> float:
+    return float(np.einsum("nd,nd->", values_ND, values_ND, dtype=np.float64))
 
 
 def _formula_step(core_variance: float, d_in: int, fvu: float) -> float:
@@ -171,31 +240,79 @@ def _formula_step(core_variance: float, d_in: int, fvu: float) -> float:
 
 
 def _choose_step(
-    core_MD: np.ndarray, offset_D: np.ndarray, core_variance: float, precision: Precision
-) -> float:
-    """The formula's step; smaller where its noise is more than the formula says: some core rows need a multiple
-    of it, or values are so few that their errors are not uniform.
+    core: _Rows, offset_D: np.ndarray, core_variance: float, precision: Precision
+) -> tuple[float, np.ndarray]:
+    """The formula's step, and the multiples of it that loud channels take.
+
+    A smaller step where the noise is more than the formula says: some core rows need a multiple of it, or
+    values are so few that their errors are not uniform. The multiples of channels come first: where a channel
+    is ten times as loud as the others, most rows would need a multiple.
 
     Raises:
         SpecError: no step keeps the noise, since single values dwarf their rows.
     """
     fvu, least = precision.fvu, np.inf
-    widest = _formula_step(core_variance, core_MD.shape[1], fvu)
+    formula = _formula_step(core_variance, len(offset_D), fvu)
+    sample = core.every(max(1, -(-len(core) // _SAMPLE_ROWS)))
     n_rescaled = 0
-    for shrink in (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5):
-        step = float(np.float32(widest * shrink))
-        noise, rescaled = _noise(core_MD, offset_D, step, precision)
-        allowed = (0.98 if rescaled else 1.0) * fvu * core_variance * len(core_MD)
-        if noise <= allowed:
-            return step
-        n_rescaled += rescaled
-        least = min(least, noise)
+    for shrink in _SHRINKS:
+        for step, channel_D in _candidates(sample, offset_D, formula * shrink):
+            noise, rescaled = _noise(core, offset_D, step, precision, channel_D)
+            allowed = (0.98 if rescaled else 1.0) * fvu * core_variance * len(core)
+            if noise <= allowed:
+                return step, channel_D
+            n_rescaled += rescaled
+            least = min(least, noise)
     if not n_rescaled:  # what is left is float32's own rounding of rows far from zero
-        return float(np.float32(widest))
+        return float(np.float32(formula)), np.ones_like(offset_D)
     raise SpecError(
-        f"int8 codes reach FVU {least / (core_variance * len(core_MD)):.2g} at this site, wanted {fvu:g}: single values dwarf their rows. "
-        f"Store it as rotated:{fvu:g} or bf16, or accept a larger fvu"
+        f"int8 codes reach FVU {least / (core_variance * len(core)):.2g} at this site, wanted {fvu:g}: single values "
+        f"dwarf their rows. Store it as rotated:{fvu:g} or bf16, or accept a larger fvu"
     )
+
+
+def _candidates(sample: _Rows, offset_D: np.ndarray, uniform: float) -> Iterator[tuple[float, np.ndarray]]:
+    """Steps with multiples of channels, all of the noise that the step `uniform` has alone; it comes last."""
+    plain_D = np.ones_like(offset_D)
+    step, channel_D = uniform, plain_D
+    while True:
+        raised_D = _loud_channels(sample, offset_D, step, channel_D)
+        if (raised_D == channel_D).all():
+            break
+        channel_D = raised_D
+        step = uniform / float(np.sqrt(np.mean(np.square(channel_D, dtype=np.float64))))
+    if channel_D is not plain_D:
+        yield float(np.float32(step)), channel_D
+    yield float(np.float32(uniform)), plain_D
+
+
+def _loud_channels(sample: _Rows, offset_D: np.ndarray, step: float, channel_D: np.ndarray) -> np.ndarray:
+    """`channel_D`, or more where too many rows would need a multiple of the step because of one channel.
+
+    A row's multiple raises the noise of all its channels, a channel's that of all its rows. With M the sum of
+    all squared multiples, doubling m adds 3 m^2 to the noise of each row; where it keeps a share s of the rows
+    from being doubled, it takes away 3 s M. So the two are even at s = m^2 / M; a quarter of that is enough
+    here, for rows without a multiple.
+    """
+    channels, powers, n_rows = [], [], 0
+    factor = np.float32(1 / (step * (MAX_CODE["fvu"] + 0.49)))
+    for part_MD in sample:
+        with np.errstate(over="ignore"):
+            ratio_MD = np.abs(part_MD - offset_D) * factor
+        row, channel = np.nonzero(ratio_MD > channel_D)
+        channels.append(channel)
+        powers.append(np.ceil(np.log2(ratio_MD[row, channel], dtype=np.float64)))
+        n_rows += len(part_MD)
+    channel_K, power_K = np.concatenate(channels), np.minimum(np.concatenate(powers), _MOST_POWER)
+    power_D = np.log2(channel_D, dtype=np.float64)
+    while True:
+        over_K = power_K > power_D[channel_K]
+        excess_K = 4.0 ** (power_K - power_D[channel_K])[over_K]
+        excess_D = np.bincount(channel_K[over_K], excess_K, minlength=len(power_D)) / n_rows
+        raised_D = power_D + (excess_D > 4.0**power_D / np.sum(4.0**power_D))
+        if (raised_D == power_D).all() or np.mean(4.0**raised_D) > _MOST_NOISE:
+            return np.exp2(power_D).astype(np.float32)
+        power_D = raised_D
 
 
 def _widest_step(rows_MD: np.ndarray, core_variance: float, precision: Precision) -> float:
@@ -216,7 +333,7 @@ def _widest_step(rows_MD: np.ndarray, core_variance: float, precision: Precision
         return float(np.float32(formula * 2.0 ** (k / 128)))
 
     def fvu(k: int) -> float:
-        return _noise(rows_MD, centre_D, step(k), precision)[0] / (core_variance * len(rows_MD))
+        return _noise([rows_MD], centre_D, step(k), precision)[0] / (core_variance * len(rows_MD))
 
     holds, fails = -128, 128 * 12  # half the formula's step keeps any noise, unless int16 codes are too small
     if fvu(holds) > _MARGIN * precision.fvu:
@@ -231,153 +348,40 @@ def _widest_step(rows_MD: np.ndarray, core_variance: float, precision: Precision
 
 
 def _noise(
-    rows_ND: np.ndarray, offset_D: np.ndarray, step: float, precision: Precision
+    parts: Iterable[np.ndarray],
+    offset_D: np.ndarray,
+    step: float,
+    precision: Precision,
+    channel_D: np.ndarray | None = None,
 ) -> tuple[float, bool]:
     """Squared error of quantising, summed in float64, and whether any row needed a multiple of the step."""
-    noise, rescaled = 0.0, False
-    for part, codes_ND, scale_N in _quantised_pieces(rows_ND, offset_D, step, MAX_CODE[precision.kind]):
-        error_ND = codes_ND * scale_N[:, None] + offset_D - rows_ND[part]
-        noise += float(np.einsum("nd,nd->", error_ND, error_ND, dtype=np.float64))
-        rescaled = rescaled or bool((scale_N != np.float32(step)).any())
+    noise, rescaled, max_code = 0.0, False, MAX_CODE[precision.kind]
+    if channel_D is not None and (channel_D == 1).all():
+        channel_D = None
+    for rows_ND in parts:
+        for part, codes_ND, scale_N in quantised_pieces(
+            rows_ND, offset_D, step, max_code, channel_D=channel_D
+        ):
+            error_ND = codes_ND * scale_N[:, None]
+            if channel_D is not None:
+                error_ND *= channel_D
+            error_ND += offset_D
+            error_ND -= rows_ND[part]
+            noise += _sum_of_squares(error_ND)
+            rescaled = rescaled or bool((scale_N != np.float32(step)).any())
     return noise, rescaled
 
 
-def _principal_components(rows_MD: np.ndarray, mean_D: np.ndarray) -> np.ndarray:
+def _principal_components(rows: _Rows, mean_D: np.ndarray) -> np.ndarray:
     """float32 [D, D]: principal components as rows, by falling variance, largest entry of each positive."""
     d_in = len(mean_D)
     covariance_DD = np.zeros((d_in, d_in))
-    for part_MD in _parts(rows_MD):
+    for part_MD in rows:
         centred_MD = part_MD - mean_D
         covariance_DD += centred_MD.T @ centred_MD
     components_DD = np.linalg.eigh(covariance_DD)[1].T[::-1]
     largest_D = components_DD[np.arange(d_in), np.abs(components_DD).argmax(axis=1)]
     return np.ascontiguousarray(components_DD * np.sign(largest_D)[:, None], dtype=np.float32)
-
-
-def _parts(rows_ND: np.ndarray) -> Iterator[np.ndarray]:
-    """Rows in parts: float64 copies of all calibration rows at d 4096 take 2 GiB each."""
-    for i in range(0, len(rows_ND), 4096):
-        yield rows_ND[i : i + 4096]
-
-
-def _project(acts_ND: np.ndarray, offset_D: np.ndarray, rotation_DD: np.ndarray) -> np.ndarray:
-    """float32 [N, D]: coordinates in the rotated basis."""
-    return (acts_ND - offset_D) @ rotation_DD.T
-
-
-def quantise(
-    acts_ND: np.ndarray, offset_D: np.ndarray, step: float, given_N: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return int8 codes [N, D] and the float32 scale of each row [N].
-
-    A row whose largest code would exceed 127 takes the smallest power-of-two multiple of `step`
-    that holds it, so nothing is clipped. Every element is recovered to within scale / 2, up to
-    float32 rounding of the element itself.
-
-    `given_N` are scales that another run took for the same rows. Its kernel's rounding may have put
-    a value just inside the range that is just outside here: that is clipped.
-
-    Raises:
-        NonFiniteActivation: names the first bad row; fp16 capture overflows at 65504.
-        Conflict: a value exceeds what its given scale holds by more than rounding does.
-    """
-    codes_ND, scale_N = np.empty(acts_ND.shape, np.int8), np.empty(len(acts_ND), np.float32)
-    for part, scaled_ND, scale in _quantised_pieces(acts_ND, offset_D, step, MAX_CODE["fvu"], given_N):
-        np.copyto(codes_ND[part], scaled_ND, casting="unsafe")
-        scale_N[part] = scale
-    return codes_ND, scale_N
-
-
-def quantise_rotated(
-    acts_ND: np.ndarray, calibration: Calibration, given_N: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return zigzag uint16 codes [N, D] of principal components and the float32 scale of each row [N].
-
-    Zigzag (0, -1, 1, -2, ... as 0, 1, 2, 3, ...) leaves the upper byte of most codes zero. As
-    `quantise`, with 32767 in place of 127; a row's error has norm at most sqrt(D) * scale / 2, up to
-    float32 rounding of the products.
-
-    Raises:
-        NonFiniteActivation: names the first bad row.
-    """
-    assert calibration.rotation_DD is not None
-    check_finite(acts_ND, "row")
-    _check_range(acts_ND, np.arange(len(acts_ND)), Precision("rotated"))
-    codes_ND, scale_N = np.empty(acts_ND.shape, "<u2"), np.empty(len(acts_ND), np.float32)
-    centre_D = np.zeros_like(calibration.offset_D)
-    for i in range(0, len(acts_ND), _PRODUCT_ROWS):
-        rows = slice(i, i + _PRODUCT_ROWS)
-        projected_ND = _project(acts_ND[rows], calibration.offset_D, calibration.rotation_DD)
-        given = None if given_N is None else given_N[rows]
-        pieces = _quantised_pieces(projected_ND, centre_D, calibration.step, MAX_CODE["rotated"], given, i)
-        for part, scaled_ND, scale in pieces:
-            signed_ND = scaled_ND.astype(np.int16)
-            codes_ND[rows][part] = ((signed_ND << 1) ^ (signed_ND >> 15)).view(np.uint16)
-            scale_N[rows][part] = scale
-    return codes_ND, scale_N
-
-
-def _quantised_pieces(
-    rows_ND: np.ndarray,
-    offset_D: np.ndarray,
-    step: float,
-    max_code: int,
-    given_N: np.ndarray | None = None,
-    first: int = 0,
-) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Yield (rows, codes as integral float32, scale) of pieces; the codes' memory is used again.
-
-    Errors number the rows from `first`.
-
-    Pieces stay in a core's cache: 2.4 times the speed of passes over all rows.
-    """
-    n_rows = max(1, _PIECE_VALUES // max(1, rows_ND.shape[1]))
-    buffer_ND = np.empty((min(n_rows, len(rows_ND)), rows_ND.shape[1]), np.float32)
-    limit = max_code + 0.49
-    for i in range(0, len(rows_ND), n_rows):
-        piece_ND = rows_ND[i : i + n_rows]
-        with np.errstate(over="ignore", invalid="ignore"):
-            scaled_ND = np.subtract(piece_ND, offset_D, out=buffer_ND[: len(piece_ND)])
-            scaled_ND *= np.float32(1.0 / step)
-        if given_N is not None:
-            scale_N = given_N[i : i + n_rows]
-            check_finite(piece_ND, "row", first + i)
-            _rescale_as_given(piece_ND, offset_D, step, scale_N, max_code, scaled_ND, first + i)
-            yield slice(i, i + n_rows), scaled_ND, scale_N
-            continue
-        scale_N = np.full(len(piece_ND), step, np.float32)
-        # one maximum over all took 6 us where one a row took 48, and large rows are rare; NaN fails it too
-        if not max(scaled_ND.max(), -scaled_ND.min()) <= limit:
-            check_finite(piece_ND, "row", first + i)
-            large = np.flatnonzero(~(np.abs(scaled_ND).max(axis=1) <= limit))
-            centred_MD = piece_ND[large].astype(np.float64) - offset_D
-            _check_range(centred_MD, first + i + large, Precision("fvu"))
-            # frexp gives peak / (limit * step) = m * 2^e with m in [0.5, 1): 2^e is the multiple that holds it
-            fraction_M, power_M = np.frexp(np.abs(centred_MD).max(axis=1) / (limit * step))
-            scale_N[large] *= np.exp2(power_M - (fraction_M == 0.5))
-            scaled_ND[large] = centred_MD / scale_N[large, None]
-        yield slice(i, i + n_rows), np.rint(scaled_ND, out=scaled_ND), scale_N
-
-
-def _rescale_as_given(
-    piece_ND: np.ndarray,
-    offset_D: np.ndarray,
-    step: float,
-    scale_N: np.ndarray,
-    max_code: int,
-    scaled_ND: np.ndarray,
-    first: int,
-) -> None:
-    """Make, in place, of rows (`first` and on) over `step` their codes at the scales given."""
-    large = np.flatnonzero(scale_N != np.float32(step))
-    scaled_ND[large] = (piece_ND[large].astype(np.float64) - offset_D) / scale_N[large, None]
-    peak_N = np.abs(scaled_ND).max(axis=1, initial=0.0)
-    if (peak_N > (max_code + 0.49) * (1 + _EDGE)).any():
-        row = int(np.argmax(peak_N))
-        raise Conflict(
-            f"row {first + row} reaches code {peak_N[row]:.1f} at the scale {scale_N[row]} that is stored for it"
-        )
-    np.clip(np.rint(scaled_ND, out=scaled_ND), -max_code, max_code, out=scaled_ND)
 
 
 def encode(
@@ -392,13 +396,15 @@ def encode(
         NonFiniteActivation: a value is not finite, or overflows fp16 or bf16.
         Conflict: the given scales are of other rows.
     """
+    c = calibration
     if precision.rotated:
-        return quantise_rotated(acts_ND, calibration, scale_N)
+        assert c.rotation_DD is not None
+        return quantise_rotated(acts_ND, c.offset_D, c.step, c.rotation_DD, scale_N)
     if precision.quantised:
-        return quantise(acts_ND, calibration.offset_D, calibration.step, scale_N)
+        return quantise(acts_ND, c.offset_D, c.step, scale_N, c.loud_D)
     check_finite(acts_ND, "row")
     if precision.kind == "bf16":
-        codes_ND = _to_bf16_bits(acts_ND)
+        codes_ND = to_bf16_bits(acts_ND)
         check_finite(decode(codes_ND, None, None, precision), "row rounded to bf16:")
     else:
         with np.errstate(over="ignore"):
@@ -410,25 +416,25 @@ def encode(
 def decode(
     codes_ND: np.ndarray,
     scale_N: np.ndarray | None,
-    offset_D: np.ndarray | None,
+    calibration: Calibration | None,
     precision: Precision,
-    rotation_DD: np.ndarray | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
     """float32 rows [N, D], in `out` if given; the same arithmetic as the recorded decode line.
 
-    Fresh memory costs as much as the arithmetic: 900 Mval/s without `out`, 2,700 with it (int8 codes).
+    `calibration` may be None for lossless precisions. Fresh memory costs as much as the arithmetic: 900
+    Mval/s without `out`, 2,700 with it (int8 codes).
     """
     if out is None:
         out = np.empty(codes_ND.shape, np.float32)
     if precision.quantised:
         assert scale_N is not None
-        assert offset_D is not None
+        assert calibration is not None
         if precision.rotated:
-            assert rotation_DD is not None
-            _decode_rotated(codes_ND, scale_N, offset_D, rotation_DD, out)
+            assert calibration.rotation_DD is not None
+            decode_rotated(codes_ND, scale_N, calibration.offset_D, calibration.rotation_DD, out)
         else:
-            _decode_plain(codes_ND, scale_N, offset_D, out)
+            decode_plain(codes_ND, scale_N, calibration.offset_D, out, calibration.loud_D)
     elif precision.kind == "bf16":
         bits_ND = out.view(np.uint32)
         np.copyto(bits_ND, codes_ND)
@@ -438,91 +444,11 @@ def decode(
     return out
 
 
-def _decode_plain(codes_ND: np.ndarray, scale_N: np.ndarray, offset_D: np.ndarray, out: np.ndarray) -> None:
-    """Pieces that stay in a core's cache; numpy is slow over rows that are short, so offset is repeated to one
-    vector and equal scales are one number: 3 times the speed at D = 192."""
-    assert out.flags.c_contiguous
-    n_rows = max(1, _PIECE_VALUES // max(1, codes_ND.shape[1]))
-    same = len(scale_N) > 0 and bool((scale_N == scale_N[0]).all())
-    offset = _repeated(offset_D.astype(np.float32, copy=False).tobytes(), n_rows)
-    for i in range(0, len(codes_ND), n_rows):
-        part_ND = out[i : i + n_rows]
-        np.copyto(part_ND, codes_ND[i : i + n_rows])
-        part_ND *= scale_N[0] if same else scale_N[i : i + n_rows, None]
-        flat = part_ND.reshape(-1)
-        flat += offset[: len(flat)]
-
-
-@lru_cache(maxsize=16)
-def _repeated(offset: bytes, times: int) -> np.ndarray:
-    """float32 offsets, repeated; kept, since making them takes a quarter of the time of decoding a batch."""
-    return np.tile(np.frombuffer(offset, np.float32), times)
-
-
-def _decode_rotated(
-    codes_ND: np.ndarray, scale_N: np.ndarray, offset_D: np.ndarray, rotation_DD: np.ndarray, out: np.ndarray
-) -> None:
-    for i in range(0, len(codes_ND), _PRODUCT_ROWS):
-        part = slice(i, i + _PRODUCT_ROWS)
-        np.matmul(_signed(codes_ND[part]) * scale_N[part, None], rotation_DD, out=out[part])
-        out[part] += offset_D
-
-
 def decode_components(codes_ND: np.ndarray, scale_N: np.ndarray, calibration: Calibration) -> np.ndarray:
     """float32 rows [N, D] in the coordinates of the principal components: `decode`'s rows @ rotation.T.
 
     Equal to that product up to rounding, without making it.
     """
     out = np.empty(codes_ND.shape, np.float32)
-    for i in range(0, len(codes_ND), _PRODUCT_ROWS):
-        part = slice(i, i + _PRODUCT_ROWS)
-        np.multiply(_signed(codes_ND[part]), scale_N[part, None], out=out[part])
-        out[part] += calibration.rotated_offset_D
+    decode_rotated_components(codes_ND, scale_N, calibration.rotated_offset_D, out)
     return out
-
-
-def _signed(codes_ND: np.ndarray) -> np.ndarray:
-    """int16 [N, D] of zigzag codes."""
-    return (codes_ND >> 1).view(np.int16) ^ -(codes_ND & 1).view(np.int16)
-
-
-def squared_distance(acts_ND: np.ndarray, centre_D: np.ndarray) -> np.ndarray:
-    """float64 [N]: squared distance of each row to `centre_D`, by float32 sums where these hold it."""
-    if acts_ND.size and not max(acts_ND.max(), -acts_ND.min()) < _SAFE_PEAK:
-        acts_ND = acts_ND.astype(np.float64)
-    diff_ND = acts_ND - centre_D
-    return np.einsum("nd,nd->n", diff_ND, diff_ND).astype(np.float64)
-
-
-def check_finite(acts_ND: np.ndarray, what: str, first: int = 0) -> None:
-    """Raise NonFiniteActivation naming the first row with an inf or NaN; rows are numbered from `first`."""
-    if acts_ND.size and np.isfinite(acts_ND.max()) and np.isfinite(acts_ND.min()):
-        return
-    finite_N = np.isfinite(acts_ND).all(axis=1)
-    if not finite_N.all():
-        row = int(np.flatnonzero(~finite_N)[0])
-        channel = int(np.flatnonzero(~np.isfinite(acts_ND[row]))[0])
-        raise NonFiniteActivation(
-            f"{what} {first + row} holds {acts_ND[row, channel]} at channel {channel}; wanted finite values. "
-            "Run the LM in float32 or bfloat16 (fp16 overflows at 65504), or check its weights",
-            row=first + row,
-        )
-
-
-def _check_range(centred_MD: np.ndarray, row_M: np.ndarray, precision: Precision) -> None:
-    """Refuse rows (numbered `row_M`) so large that decoding them could overflow float32."""
-    largest = LARGEST / (centred_MD.shape[1] if precision.rotated else 1)
-    if not len(centred_MD) or max(centred_MD.max(), -centred_MD.min()) < largest:
-        return
-    row, channel = np.argwhere(~(np.abs(centred_MD) < largest))[0]
-    raise NonFiniteActivation(
-        f"row {row_M[row]} holds about {centred_MD[row, channel]:.3g} at channel {channel}; quantised values must "
-        f"stay below {largest:.2g}. Store the site as fp32, or check the LM's weights",
-        row=int(row_M[row]),
-    )
-
-
-def _to_bf16_bits(acts_ND: np.ndarray) -> np.ndarray:
-    bits_ND = np.ascontiguousarray(acts_ND, dtype=np.float32).view(np.uint32)
-    rounded_ND = bits_ND + (((bits_ND >> 16) & 1) + np.uint32(0x7FFF))
-    return (rounded_ND >> 16).astype("<u2")

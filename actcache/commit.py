@@ -253,8 +253,8 @@ def check_adopted(statistics: Statistics, calibration: Calibration, what: str) -
     Raises:
         Conflict: the squared error exceeds a quarter of the variance (other rows give twice it).
     """
-    values = statistics.n_rows * len(statistics.mean_D)
-    allowed = 0.25 * float(statistics.m2_D.sum()) + values * calibration.step**2
+    step2 = float(np.sum(np.broadcast_to(calibration.step2_D, statistics.mean_D.shape)))
+    allowed = 0.25 * float(statistics.m2_D.sum()) + statistics.n_rows * step2
     if statistics.sse > allowed:
         raise Conflict(
             f"{what}: the codes that are stored are of other rows (squared error {statistics.sse:.3g}, at most "

@@ -29,7 +29,7 @@ from .packing import Packer, Spill, position_ids
 from .pieces import PIECE_LENGTH, may_be_cut, pieces
 from .progress import Progress, format_count
 from .shard import array_metadata, decode_shard, group_metadata, shard_key
-from .sources import EMPTY, Document, ResolvedCorpus, Skipped, documents
+from .sources import Document, ResolvedCorpus, Skipped, documents
 from .spec import FORMAT, Corpus, Spec, canonical_json, digest, token_store_name
 from .store import Store
 
@@ -60,12 +60,17 @@ def split_of(content: str | bytes, validation_share: float = 0.05, test_share: f
     return "test" if u < validation_share + test_share else "train"
 
 
-def tokens_identity(spec: Spec, resolved: ResolvedCorpus, tokenizer: Any) -> dict[str, Any]:
+def tokens_identity(
+    spec: Spec, resolved: ResolvedCorpus, tokenizer: Any, n_embeddings: int | None = None
+) -> dict[str, Any]:
     """The identity of the token store: what decides which token is where, and nothing of the model.
+
+    `n_embeddings`: token ids that the model takes. A tokenizer may have more (Gemma 3's has one for images);
+    documents that hold such a token are passed over.
 
     Raises:
         SpecError: the tokenizer has no EOS to join documents with, no BOS where one is asked for, or no
-            chat template for a corpus of chats.
+            chat template for a corpus of chats; or the model does not embed one of these.
     """
     if spec.packing == "concat" and tokenizer.eos_token_id is None:
         raise SpecError("the tokenizer has no EOS token; packing 'concat' joins documents with it. Set one")
@@ -77,17 +82,25 @@ def tokens_identity(spec: Spec, resolved: ResolvedCorpus, tokenizer: Any) -> dic
         template = tokenizer.get_chat_template() if tokenizer.chat_template else None
         if template is None:
             raise SpecError("the tokenizer has no chat template to render chat_field with; use text_field")
+    vocab_size = len(tokenizer) if n_embeddings is None else min(len(tokenizer), n_embeddings)
+    put_in = {"BOS": tokenizer.bos_token_id if prepend_bos else None, "EOS": tokenizer.eos_token_id}
+    for name, token_id in put_in.items():
+        if token_id is not None and token_id >= vocab_size:
+            raise SpecError(
+                f"{name} is token {token_id}, and the model embeds {vocab_size} of the tokenizer's {len(tokenizer)} tokens; "
+                "take the tokenizer that the model was trained with"
+            )
     return {
         "format": FORMAT,
         "tokenizer": tokenizer_digest(tokenizer),
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocab_size,
         "chat_template": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
         "corpus": resolved.identity(),
         "packing": spec.packing,
         "context_size": spec.context_size,
         "bos_token_id": tokenizer.bos_token_id if prepend_bos else None,
         "eos_token_id": tokenizer.eos_token_id,
-        "special_token_ids": sorted(set(tokenizer.all_special_ids)),
+        "special_token_ids": sorted(i for i in set(tokenizer.all_special_ids) if i < vocab_size),
         "seed": spec.seed,
     }
 
@@ -241,12 +254,15 @@ def tokenise(
     tokenizer: Any,
     root: Store,
     *,
+    identity: dict[str, Any] | None = None,
     run: Map[Any, Any] = in_order,
     progress: bool = True,
 ) -> TokenStore:
     """The token store of this corpus and tokenizer under `root`; built unless it is there.
 
     Args:
+        identity: the tokens identity of the dataset; None: as `tokens_identity` gives it, of a model that
+            embeds all of the tokenizer's tokens.
         run: encodes batches of documents; results come in the order of the batches. The store is the
             same whatever it is.
 
@@ -254,13 +270,13 @@ def tokenise(
         CorpusError: the corpus has no text, or no token of it would be a row; a malformed document in
             a strict corpus.
     """
-    identity = tokens_identity(spec, resolved, tokenizer)
-    store = root.sub(f"tokens/{token_store_name(identity, spec.corpus.source)}")
+    identity = tokens_identity(spec, resolved, tokenizer) if identity is None else identity
+    store = root.sub(f"tokens/{token_store_name(identity, spec.corpus.shown)}")
     found = open_tokens(store)
     if found is not None:
-        if spec.corpus.strict and any(
-            count for reason, count in found.manifest["skipped"].items() if reason != EMPTY
-        ):
+        known = Skipped(dict(found.manifest["skipped"]))
+        known.check_share(sum(map(found.n_documents, SPLITS)), spec.corpus)
+        if spec.corpus.strict and known.n_malformed:
             raise CorpusError(
                 f"{store.url} was built without these documents: {found.manifest['skipped']}. Repair them, or read "
                 "the corpus without strict"
@@ -275,23 +291,24 @@ def tokenise(
             for document in _encoded(resolved, encode, skipped, run):
                 writers[document.split].add(document)
                 bar.advance(len(document.ids))
+        skipped.check_share(sum(writer.packer.n_documents for writer in writers.values()), spec.corpus)
         for reason, count in skipped.counts.items():
             log.warning("%d documents skipped (%s), the first is %s", count, reason, skipped.first[reason])
         if not any(writer.packer.n_documents for writer in writers.values()):
             why = "".join(f", {count} documents skipped: {name}" for name, count in skipped.counts.items())
             raise CorpusError(
-                f"corpus {spec.corpus.source!r} holds no text ({len(resolved.files)} files read{why})"
+                f"corpus {spec.corpus.shown!r} holds no text ({len(resolved.files)} files read{why})"
             )
         splits = {split: writer.finish() for split, writer in writers.items()}
     if not writers["train"].packer.n_documents:
         n = sum(writer.packer.n_documents for writer in writers.values())
         raise CorpusError(
-            f"corpus {spec.corpus.source!r} has {n} documents, all of which fall into the other splits by their "
+            f"corpus {spec.corpus.shown!r} has {n} documents, all of which fall into the other splits by their "
             "content; give more documents, or lower validation_share and test_share"
         )
     if not splits["train"]["n_rows"]:
         raise CorpusError(
-            f"corpus {spec.corpus.source!r} keeps no row: every token of its train split is special"
+            f"corpus {spec.corpus.shown!r} keeps no row: every token of its train split is special"
         )
     manifest: dict[str, Any] = {
         "format": FORMAT,

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .codec import LARGEST, MAX_CODE, Calibration, Precision, decode, encode
+from .codec import Calibration, Precision, decode, encode
 from .errors import SpecError
+from .quantise import LARGEST, MAX_CODE
 from .statistics import SAFE_PEAKS, SUB_ROWS, Statistics, histogram, merge, merge_moments
 
 _PIECE_VALUES = 2**25  # a float32 temporary of a piece takes 128 MiB; about four live at a time
@@ -55,6 +56,9 @@ class DeviceCodec:
         self.calibration, self.precision, self.device = calibration, precision, torch.device(device)
         self._median_D = torch.as_tensor(calibration.median_D, device=self.device)
         self._offset_D = torch.as_tensor(calibration.offset_D, device=self.device)
+        self._channel_D: Tensor | None = None
+        if calibration.loud_D is not None:
+            self._channel_D = torch.as_tensor(calibration.loud_D, device=self.device)
         self._rotation_DD: Tensor | None = None
         if precision.rotated:
             self._rotation_DD = torch.as_tensor(calibration.rotation_DD, device=self.device)
@@ -94,7 +98,7 @@ class DeviceCodec:
         """Statistics of codes that another run stored, their error against these rows. By numpy: it waits."""
         calibration = self.calibration
         rows_ND = acts_ND.float().cpu().numpy()
-        stored_ND = decode(codes_ND, scale_N, calibration.offset_D, self.precision, calibration.rotation_DD)
+        stored_ND = decode(codes_ND, scale_N, calibration, self.precision)
         return Statistics.of(rows_ND, stored_ND, scale_N, calibration)
 
     def allow_large_rows(self, share: float) -> None:
@@ -102,7 +106,7 @@ class DeviceCodec:
         self._share = min(1.0, max(self._share, share))
 
     def _piece(self, acts_ND: Tensor, codes_ND: Tensor, scale_N: Tensor, room: int) -> tuple[Tensor, Tensor]:
-        """Fill in codes and scales; returns the sums [len(_SCALARS) + 6 D] and the stored rows' norms."""
+        """Fill in codes and scales; returns the sums [len(_SCALARS) + 7 D] and the stored rows' norms."""
         if not self.precision.quantised:
             stored_ND = codes_ND.copy_(acts_ND).float()
             refused = ~torch.isfinite(_peaks(stored_ND)).all()
@@ -110,14 +114,20 @@ class DeviceCodec:
             return self._sums(acts_ND, stored_ND, [refused, zero], zero)
         inverse = float(np.float32(1.0 / self.calibration.step))
         if self._rotation_DD is None:
+            channel_D = self._channel_D
             scaled_ND = (acts_ND - self._offset_D).mul_(inverse)
+            if channel_D is not None:
+                scaled_ND /= channel_D
 
             def centred(row_K: Tensor) -> Tensor:
                 return acts_ND[row_K].double() - self._offset_D.double()
 
             flags = self._rescale(scaled_ND, scale_N, centred, room)
             codes_ND.copy_(scaled_ND.round_())
-            stored_ND = scaled_ND.mul_(scale_N[:, None]).add_(self._offset_D)
+            stored_ND = scaled_ND.mul_(scale_N[:, None])
+            if channel_D is not None:
+                stored_ND *= channel_D
+            stored_ND += self._offset_D
         else:
             projected_ND = (acts_ND - self._offset_D) @ self._rotation_DD.T
             scaled_ND = projected_ND * inverse
@@ -144,8 +154,10 @@ class DeviceCodec:
         peak_K, row_K = torch.topk(peak_N, room, sorted=False)  # NaN counts as largest
         large_K = ~(peak_K <= limit)
         centred_KD = centred(row_K)
+        refused = (large_K & ~(centred_KD.abs().amax(dim=1) < LARGEST)).any()
+        if self._channel_D is not None:
+            centred_KD = centred_KD / self._channel_D
         centred_peak_K = centred_KD.abs().amax(dim=1)
-        refused = (large_K & ~(centred_peak_K < LARGEST)).any()
         multiple_K = torch.where(large_K, _power_of_two_above(centred_peak_K / (limit * step)), 1.0)
         scale_K = (multiple_K * float(np.float32(step))).float()
         scale_N.fill_(step)
@@ -163,6 +175,7 @@ class DeviceCodec:
         error_ND = torch.sub(stored_ND, acts_ND, out=difference_ND)
         sse_N = torch.linalg.vector_norm(error_ND, dim=1).double().square()
         max_error = _peaks(error_ND).amax()
+        core_sse_D = _column_sums(core_N.float()[None], error_ND.square_())
         peak_N, norm_N = _peaks(stored_ND), torch.linalg.vector_norm(stored_ND, dim=1)
         max_abs = peak_N.amax()
         # what numpy sums in float64
@@ -177,7 +190,7 @@ class DeviceCodec:
         core_sse = (sse_N * core_N).sum()
         scalars = (*flags, unsafe, count_2[0], max_abs, sse_N.sum(), core_sse, max_error, rescaled)
         sums = [torch.stack([x.double() for x in scalars])]
-        sums += [x.double().flatten() for x in (centre_2D, total_2D, square_2D)]
+        sums += [x.double().flatten() for x in (centre_2D, total_2D, square_2D, core_sse_D)]
         return torch.cat(sums), norm_N
 
 
@@ -305,7 +318,8 @@ def _statistics(sums: np.ndarray, norm_N: np.ndarray) -> Statistics:
     """Of one piece, from its sums."""
     n_scalars = len(_SCALARS)
     scalar = dict(zip(_SCALARS, sums[:n_scalars].tolist(), strict=True))
-    centre_2D, total_2D, square_2D = sums[n_scalars:].reshape(3, 2, -1)
+    *arrays, core_sse_D = sums[n_scalars:].reshape(7, -1)
+    centre_2D, total_2D, square_2D = np.reshape(arrays, (3, 2, -1))
     n_rows, n_core = len(norm_N), int(scalar["n_core"])
     counts = np.array([n_core, n_rows - n_core])
     mean_2D = total_2D / np.maximum(counts, 1)[:, None]
@@ -327,6 +341,7 @@ def _statistics(sums: np.ndarray, norm_N: np.ndarray) -> Statistics:
         core_m2_D=m2_2D[0],
         sse=scalar["sse"],
         core_sse=scalar["core_sse"],
+        core_sse_D=core_sse_D,
         max_error=scalar["max_error"],
         rows_rescaled=int(scalar["rescaled"]),
     )
@@ -339,12 +354,12 @@ def _peaks(rows_ND: Tensor) -> Tensor:
 
 
 def _column_sums(weight_2N: Tensor, rows_ND: Tensor) -> Tensor:
-    """float64 [2, D]: sums over the rows of each weight, float32 within `SUB_ROWS` rows."""
+    """float64 [2, D]: sums over the rows of each weight (there may be one), float32 within `SUB_ROWS` rows."""
     n_rows, d_in = rows_ND.shape
     whole = n_rows - n_rows % SUB_ROWS
     sums_2D = (weight_2N[:, whole:] @ rows_ND[whole:]).double()
     if whole:
-        weight_S2N = weight_2N[:, :whole].reshape(2, -1, SUB_ROWS).transpose(0, 1)
+        weight_S2N = weight_2N[:, :whole].reshape(len(weight_2N), -1, SUB_ROWS).transpose(0, 1)
         rows_SND = rows_ND[:whole].view(-1, SUB_ROWS, d_in)
         sums_2D += torch.bmm(weight_S2N, rows_SND).sum(dim=0, dtype=torch.float64)
     return sums_2D

@@ -108,10 +108,12 @@ class Survey:
 
     def identity(self, revision: str | None, corpus: ResolvedCorpus) -> dict[str, Any]:
         """The identity of the dataset; `revision` is the model's."""
+        from . import lm
+
         return {
             "format": FORMAT,
             "model": {"id": self.model_id, "revision": revision, "lm_dtype": self.spec.lm_dtype},
-            "tokens": tokens_identity(self.spec, corpus, self.tokenizer),
+            "tokens": tokens_identity(self.spec, corpus, self.tokenizer, lm.n_embeddings(self.skeleton)),
             "precision": str(Precision.parse(self.spec.precision)),
             "block_rows": self.block_rows,
             "chunk_rows": self.chunk_rows,
@@ -136,10 +138,6 @@ def survey(spec: Spec) -> Survey:
             f"context_size is {spec.context_size}, but {model_id} takes at most {longest} tokens; lower it"
         )
     tokenizer = lm.load_tokenizer(spec.model, spec.model_revision)
-    if len(tokenizer) > config.vocab_size:
-        raise SpecError(
-            f"the tokenizer has {len(tokenizer)} tokens, but {model_id} embeds {config.vocab_size}; use its own"
-        )
     block_rows, chunk_rows = spec.block_shape(config.hidden_size)
     widths = capture.site_widths(skeleton, capture.resolve_sites(skeleton, list(spec.sites)))
     for site, width in widths.items():
@@ -222,7 +220,7 @@ def harvest(
     resolved = resolve(spec, storage_options)
     base = open_store(root, storage_options)
     found = find_dataset(base, resolved.id)
-    name = found or dataset_name(resolved.identity, spec.corpus.source)
+    name = found or dataset_name(resolved.identity, spec.corpus.shown)
     store = base.sub(name)
     is_there = _is_there(base, store, resolved)
     if not is_there:
@@ -231,7 +229,15 @@ def harvest(
     encode = ray_map if engine == "ray" and in_a_cluster() else in_order
     # a hit neither waits for another harvest nor keeps one waiting
     with nullcontext() if is_there else Lease(base, name):
-        tokens = tokenise(spec, resolved.corpus, resolved.tokenizer, base, run=encode, progress=progress)
+        tokens = tokenise(
+            spec,
+            resolved.corpus,
+            resolved.tokenizer,
+            base,
+            identity=resolved.identity["tokens"],
+            run=encode,
+            progress=progress,
+        )
         job = resolved.job(
             store.url,
             tokens.store.url,
@@ -269,7 +275,7 @@ def _engine_of(
 
 def _is_there(base: Store, store: Store, resolved: Resolved) -> bool:
     """Whether a version holds all that is asked for."""
-    name = token_store_name(resolved.identity["tokens"], resolved.spec.corpus.source)
+    name = token_store_name(resolved.identity["tokens"], resolved.spec.corpus.shown)
     tokens = open_tokens(base.sub(f"tokens/{name}"))
     if tokens is None or not latest_version(store):
         return False
@@ -290,7 +296,7 @@ def harvest_missing(
     progress: bool = True,
 ) -> None:
     """Compute and commit what `store` lacks of `resolved`; no engine is made where nothing is missing."""
-    source = shown_source(resolved.spec.corpus.source)
+    source = shown_source(resolved.spec.corpus.shown)
     wanted = blocks_wanted(resolved, tokens)
     state = Committed(store, resolved.identity, source, resolved.widths, wanted)
     missing = state.missing()

@@ -253,7 +253,9 @@ def _metadata_bytes(
     for site, d_in in widths.items():
         size = 12 * d_in + 1000
         if precision.quantised:
-            size += len(SPLITS) * 4 * d_in
+            size += (1 + len(SPLITS)) * 4 * d_in
+        if precision.kind == "fvu":
+            size += (2 + len(SPLITS)) * 4 * d_in
         if precision.rotated:
             size += (1 + len(SPLITS)) * 4 * d_in**2
         fixed += size
@@ -304,7 +306,7 @@ def _objects(
     precision = Precision.parse(identity["precision"])
     by_row = [path for path in array_layout(identity, {}) if path not in BY_SEQUENCE]
     per_site = 1 + precision.quantised  # codes, scale
-    derived = precision.quantised + precision.rotated  # offset, rotation: an array of one shard in each split
+    derived = 2 * precision.quantised  # offset, and channel or rotation: an array of one shard in each split
     fresh = [site for site in widths if manifest is None or site not in manifest.sites]
     new = put = 0
     grow = 1  # zarr.json of the root, and of arrays that are there and get longer
@@ -323,4 +325,5 @@ def _objects(
     rewritten = grow * (versions - (manifest is None))
     once += 4 * versions  # manifest and three files of a segment
     lease = 1  # and its renewals, six a minute, which are not counted
-    return new + once, put + once + rewritten + lease
+    probe = 2  # of the store's conditions; four on S3
+    return new + once, put + once + rewritten + lease + probe

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from . import calibrating
 from .codec import Calibration, Precision, calibrate, decode, encode
 from .commit import OTHER_ROOT, BlockCommit, check_adopted
 from .corpus import TokenStore, kept_tokens, open_tokens
-from .errors import Conflict, HarvestError, NonFiniteActivation
+from .errors import Conflict, HarvestError, NonFiniteActivation, SpecError
 from .layout import (
     calibration_json,
     calibration_key,
@@ -45,9 +46,10 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-CALIBRATION_SEQUENCES = 256
-CALIBRATION_ROWS = 65_536
 FIDELITY_SEQUENCES = 32
+LM_BATCH_TOKENS = 65_536
+"""The most of one forward pass: no LM gains by more, and its own temporaries grow with them."""
+_BATCH_SHARE = 4  # the rows of three LM batches take at most this part of the buffer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,7 @@ class Job:
     model_revision: str | None
     sites: tuple[str, ...]
     lm_batch: int
-    """Sequences in one forward pass."""
+    """Sequences in one forward pass, at most: see `Harvester.batch_of`."""
     device: str = "cpu"
     """Of the LM, as torch names it; "auto" spreads it over the GPUs."""
     threads: int = 0
@@ -118,6 +120,13 @@ def plan_block(tokens: TokenStore, identity: Mapping[str, Any], split: str, bloc
     place_N[order_N] = np.arange(len(order_N))
     position_ids_ST = tokens.position_ids(split, first, last)
     return BlockPlan(split, block, first, last, chosen_ST, place_N, input_ids_ST, position_ids_ST, length_S)
+
+
+def batch_size(lm_batch: int, context_size: int, width: int, buffer_bytes: int) -> int:
+    """Sequences in a forward pass: at most `lm_batch`, 65,536 tokens, and three batches of float32 rows (all that
+    exist at a time, `width` values a token) in a quarter of the buffer; at least one."""
+    by_bytes = buffer_bytes // (_BATCH_SHARE * 3 * 4 * context_size * width)
+    return max(1, min(lm_batch, LM_BATCH_TOKENS // context_size, by_bytes))
 
 
 class Harvester:
@@ -207,30 +216,36 @@ class Harvester:
         self._uploads.shutdown()
 
     def calibrate(self) -> None:
-        """Create the calibration of every site that has none, from a fixed prefix of the train split."""
+        """Create the calibration of every site that has none, from rows drawn over the first sequences of train.
+
+        The rows of as many sites at a time as the buffer holds; each group of sites is a pass over these
+        sequences.
+        """
         missing = [s for s in self.job.sites if not self.store.exists(calibration_key(s))]
         if not missing:
             return
-        row_start = self.tokens.row_start("train")
-        n = max(CALIBRATION_SEQUENCES, int(np.searchsorted(row_start, CALIBRATION_ROWS, side="left")))
-        n = min(n, self.tokens.n_sequences("train"))
+        n = calibrating.n_sequences(self.tokens.row_start("train"), self.tokens.context_size)
         input_ids_ST, length_S = self.tokens.sequences("train", 0, n)
         position_ids_ST = self.tokens.position_ids("train", 0, n)
         kept_ST = kept_tokens(input_ids_ST, length_S, self.tokens.identity["special_token_ids"])
-        parts: dict[str, list[np.ndarray]] = {site: [] for site in missing}
-        for start, acts in self._forward(input_ids_ST, missing, length_S, position_ids_ST):
-            for site in missing:
-                kept = kept_ST[start : start + len(acts[site])]
-                parts[site].append(_on_host(acts[site])[kept])
-        for site in missing:
-            try:
-                calibration = calibrate(np.concatenate(parts.pop(site)), self.precision)
-            except NonFiniteActivation as err:
-                raise NonFiniteActivation(f"{site}: {err}") from None
-            try:
-                create_calibration(self.store, calibration, site)
-            except Conflict:
-                continue  # another harvester was first with another kernel: its calibration holds for all
+        drawn_ST = calibrating.draw(kept_ST, self.tokens.identity["seed"])
+        widths = {site: self.d_in[site] for site in missing}
+        for sites in calibrating.site_groups(widths, int(drawn_ST.sum()), self.job.buffer_bytes):
+            gathered = calibrating.Gathered(sites, widths, drawn_ST)
+            for start, acts in self._forward(input_ids_ST, sites, length_S, position_ids_ST):
+                gathered.add(start, acts)
+            self._at_once(partial(self._calibrate, gathered), sites)
+
+    def _calibrate(self, gathered: calibrating.Gathered, site: str) -> None:
+        """Create the calibration of a site from its rows."""
+        try:
+            calibration = calibrate(gathered.pop(site), self.precision)
+        except NonFiniteActivation as err:
+            raise NonFiniteActivation(f"{site}: {err}") from None
+        except SpecError as err:
+            raise SpecError(f"{site}: {err}") from None
+        with suppress(Conflict):  # another harvester was first with another kernel: its own holds for all
+            create_calibration(self.store, calibration, site)
 
     def run_block(self, split: str, block: int, sites: Sequence[str]) -> BlockRecord:
         """Compute, store and commit one block for `sites`; returns the record that holds.
@@ -248,8 +263,13 @@ class Harvester:
     def _block_bytes(self, plan: BlockPlan, sites: Sequence[str]) -> int:
         """Of a block's codes and of the three LM batches of float32 rows that exist at a time."""
         width = sum(self.d_in[site] for site in sites)
-        in_batches = 3 * min(self.lm_batch, len(plan.length_S)) * plan.input_ids_ST.shape[1] * 4
+        in_batches = 3 * min(self.batch_of(sites), len(plan.length_S)) * plan.input_ids_ST.shape[1] * 4
         return width * (plan.n_rows * self.precision.dtype.itemsize + in_batches)
+
+    def batch_of(self, sites: Sequence[str]) -> int:
+        """Sequences in a forward pass for these sites: `lm_batch`, fewer where these are long or the sites many."""
+        width = sum(self.d_in[site] for site in sites)
+        return batch_size(self.lm_batch, self.tokens.context_size, width, self.job.buffer_bytes)
 
     def _run_block(self, plan: BlockPlan, sites: Sequence[str]) -> BlockRecord:
         widths = {site: self.d_in[site] for site in sites}
@@ -514,7 +534,7 @@ class Harvester:
         self, codes_ND: np.ndarray, scale_N: np.ndarray | None, calibration: Calibration
     ) -> np.ndarray:
         """The rows that readers will see."""
-        return decode(codes_ND, scale_N, calibration.offset_D, self.precision, calibration.rotation_DD)
+        return decode(codes_ND, scale_N, calibration, self.precision)
 
     def calibration(self, site: str) -> Calibration:
         """The committed calibration of a site."""
@@ -553,12 +573,12 @@ class Harvester:
 
         start = 0
         while start < len(input_ids_ST):
-            rows = self._fitting(partial(run, start))
+            rows = self._fitting(partial(run, start), self.batch_of(sites))
             yield start, rows
             start += len(rows[sites[0]])
 
-    def _fitting(self, run: Callable[[int], T]) -> T:
-        """`run(lm_batch)`, with `lm_batch` halved as often as the device runs out of memory.
+    def _fitting(self, run: Callable[[int], T], most: int | None = None) -> T:
+        """`run(lm_batch)`, or `run(most)` if that is less; halved as often as the device runs out of memory.
 
         Raises:
             HarvestError: it has no memory for one sequence.
@@ -566,17 +586,18 @@ class Harvester:
         import torch
 
         while True:
+            batch = min(self.lm_batch, most or self.lm_batch)
             try:
-                return run(self.lm_batch)
+                return run(batch)
             except torch.OutOfMemoryError as err:
-                if self.lm_batch == 1:
+                if batch == 1:
                     raise HarvestError(
                         f"{self.job.device} has no memory for one sequence of {self.tokens.identity['context_size']} "
                         f"tokens ({str(err).splitlines()[0]}). Use a smaller context_size or lm_dtype, or more GPUs "
                         "a worker with device 'auto'"
                     ) from err
             # outside the handler: the error's traceback holds the tensors of the pass that failed
-            self.lm_batch //= 2
+            self.lm_batch = batch // 2
             log.warning(
                 "the device has no memory for this LM batch; going on with %d sequences", self.lm_batch
             )
@@ -588,7 +609,7 @@ class Harvester:
 
         from .capture import run_capture
 
-        n = min(self.lm_batch, self.tokens.n_sequences("train"))
+        n = min(self.batch_of(sites), self.tokens.n_sequences("train"))
         input_ids_ST, _ = self.tokens.sequences("train", 0, n)
         ids_BT = torch.from_numpy(input_ids_ST.astype(np.int64)).to(self.lm.device)
 

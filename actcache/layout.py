@@ -75,12 +75,15 @@ def zarr_metadata(manifest: Manifest) -> dict[str, bytes]:
     """The `zarr.json` of every group and array, by key; shapes cover the committed prefix only."""
     precision = Precision.parse(manifest.identity["precision"])
     layout = array_layout(manifest.identity, {site: e.d_in for site, e in manifest.sites.items()})
-    root = {"format": FORMAT, "id": manifest.id, "identity": manifest.identity}
+    line = precision.decode_line
+    if not has_channels(manifest.identity):
+        line = line.replace(" * channel", "")
+    root = {"format": manifest.identity["format"], "id": manifest.id, "identity": manifest.identity}
     out = {"zarr.json": group_metadata({"actcache": root})}
     for split, size in manifest.splits.items():
         out[f"{split}/zarr.json"] = group_metadata({})
         for site in manifest.sites:
-            attributes = {"site": site, "precision": str(precision), "decode": precision.decode_line}
+            attributes = {"site": site, "precision": str(precision), "decode": line}
             out[f"{split}/{site}/zarr.json"] = group_metadata({"actcache": attributes})
         for path, array in layout.items():
             rows = _committed(manifest, split, path, size)
@@ -121,8 +124,15 @@ def derived_arrays(manifest: Manifest) -> Iterator[tuple[str, str, str, dict[str
         for site, extent in manifest.sites.items():
             array = {"chunk_rows": extent.d_in, "shard_rows": extent.d_in, "fill": "NaN", "by_column": False}
             yield f"{split}/{site}/offset", site, "offset_D", {"row": (), **array}
+            if has_channels(manifest.identity):
+                yield f"{split}/{site}/channel", site, "channel_D", {"row": (), **array}
             if precision.rotated:
                 yield f"{split}/{site}/rotation", site, "rotation_DD", {"row": (extent.d_in,), **array}
+
+
+def has_channels(identity: Mapping[str, Any]) -> bool:
+    """Whether channels have multiples of the step: not in format 1."""
+    return identity["format"] >= 2 and Precision.parse(identity["precision"]).kind == "fvu"
 
 
 def derived_key(path: str, array: Mapping[str, Any]) -> str:
@@ -175,13 +185,22 @@ def calibration_json(calibration: Calibration, site: str) -> bytes:
     value = {
         "format": FORMAT,
         "site": site,
-        "offset": base64.b64encode(calibration.offset_D.astype("<f4").tobytes()).decode(),
-        "median": base64.b64encode(calibration.median_D.astype("<f4").tobytes()).decode(),
+        "offset": _base64(calibration.offset_D),
+        "median": _base64(calibration.median_D),
+        "channel": None if calibration.channel_D is None else _base64(calibration.channel_D),
         "rotation_sha256": None if rotation is None else hashlib.sha256(rotation).hexdigest(),
         **{k: getattr(calibration, k) for k in ("step", "radius2", "n_rows", "n_core", "core_variance")},
     }
     value["digest"] = digest(value)
     return canonical_json(value).encode()
+
+
+def _base64(vector_D: np.ndarray) -> str:
+    return base64.b64encode(vector_D.astype("<f4").tobytes()).decode()
+
+
+def _vector(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), "<f4")
 
 
 def rotation_bytes(calibration: Calibration) -> bytes | None:
@@ -245,17 +264,31 @@ def parse_calibration(data: bytes, where: str, sha256: str | None = None) -> tup
         raise CorruptObject(f"{where} does not match its sha256; {RESTORE}")
     try:
         value = parse_digested(data, where, RESTORE)
+        channel = value["channel"] if value["format"] > 1 else None
         calibration = Calibration(
-            offset_D=np.frombuffer(base64.b64decode(value["offset"]), "<f4"),
-            median_D=np.frombuffer(base64.b64decode(value["median"]), "<f4"),
+            offset_D=_vector(value["offset"]),
+            median_D=_vector(value["median"]),
+            channel_D=None if channel is None else _vector(channel),
             **{k: value[k] for k in ("step", "radius2", "n_rows", "n_core", "core_variance")},
         )
+        _check_channels(calibration)
         rotation_sha256 = value["rotation_sha256"]
         if rotation_sha256 is not None and not re.fullmatch("[0-9a-f]{64}", rotation_sha256):
             raise ValueError(f"rotation_sha256 {rotation_sha256!r}")
         return calibration, rotation_sha256
     except (KeyError, TypeError, ValueError) as err:
         raise CorruptObject(f"{where} is not a calibration ({err}); {RESTORE}") from err
+
+
+def _check_channels(calibration: Calibration) -> None:
+    channel_D = calibration.channel_D
+    if channel_D is None:
+        return
+    if len(channel_D) != len(calibration.offset_D):
+        raise ValueError(f"{len(channel_D)} multiples of {len(calibration.offset_D)} channels")
+    with np.errstate(all="ignore"):
+        if not ((channel_D >= 1) & (np.frexp(channel_D)[0] == 0.5)).all():
+            raise ValueError("a channel's multiple that is no power of two")
 
 
 def _read(store: Store, key: str) -> bytes:

@@ -176,14 +176,7 @@ def load_harvested_lm(
     Raises:
         SpecError: no such model, or another revision than the one that was harvested.
     """
-    source, revision = model or harvested["id"], None
-    if _local_directory(source) is None:  # a hub has every revision
-        revision = harvested["revision"]
-        if not _COMMIT.fullmatch(revision):
-            raise SpecError(
-                f"the dataset came from a local directory {harvested['id']!r} ({revision[:20]}...), not from a hub "
-                "model; give that directory as the model."
-            )
+    source, revision = _harvested_source(harvested, model)
     dtype = harvested["lm_dtype"]
     lm = load_lm(
         source, revision=revision, lm_dtype=dtype, device=device, attn_implementation=attn_implementation
@@ -198,11 +191,45 @@ def check_harvested(lm: LM, harvested: Mapping[str, Any]) -> None:
     Raises:
         SpecError: its revision is another.
     """
-    wanted = harvested["revision"]
-    if lm.revision != wanted:
+    _check_revision(harvested, lm.model_id, lm.revision)
+
+
+def check_at_hand(harvested: Mapping[str, Any], model: str | None, most_bytes: int) -> None:
+    """Refuse what `load_harvested_lm` would refuse, as far as that is known without loading the weights.
+
+    The revision of a local directory is compared if its files have at most `most_bytes`; they are read once.
+
+    Raises:
+        SpecError: no such model, or another revision than the one that was harvested.
+    """
+    source, revision = _harvested_source(harvested, model)
+    if revision is None:
+        found = cheap_revision(source, None, most_bytes)
+        if found is not None:
+            _check_revision(harvested, model_name(source), found)
+    lm_config(source, revision)
+
+
+def _harvested_source(harvested: Mapping[str, Any], model: str | None) -> tuple[str, str | None]:
+    """Where the LM of a dataset is, and its revision if that is a hub."""
+    source = model or harvested["id"]
+    if _local_directory(source) is not None:
+        return source, None
+    revision = harvested["revision"]  # a hub has every revision
+    if not _COMMIT.fullmatch(revision):
         raise SpecError(
-            f"the dataset holds activations of {harvested['id']} at revision {wanted[:20]}, but {lm.model_id} "
-            f"is at {lm.revision[:20]}. Give the model that was harvested."
+            f"the dataset came from a local directory {harvested['id']!r} ({revision[:20]}...), not from a hub "
+            "model; give that directory as the model."
+        )
+    return source, revision
+
+
+def _check_revision(harvested: Mapping[str, Any], model_id: str, revision: str) -> None:
+    wanted = harvested["revision"]
+    if revision != wanted:
+        raise SpecError(
+            f"the dataset holds activations of {harvested['id']} at revision {wanted[:20]}, but {model_id} "
+            f"is at {revision[:20]}. Give the model that was harvested."
         )
 
 
@@ -289,6 +316,13 @@ def skeleton(model: str, revision: str | None = None) -> Any:
         hf_model = _auto_class(model, config).from_config(config, attn_implementation=_attention(config))
     _check_input(model, hf_model)
     return hf_model.requires_grad_(False).eval()
+
+
+def n_embeddings(model: Any) -> int:
+    """How many token ids a model takes: the rows of its embedding (works on a `skeleton` too)."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    config = model.config.get_text_config()
+    return int(config.vocab_size if weight is None else weight.shape[0])
 
 
 def lm_config(model: str, revision: str | None = None) -> Any:

@@ -29,8 +29,8 @@ SPLITS = ("train", "validation", "test")
 STATISTIC_ARRAYS = {"_D": np.dtype("<f8"), "_K": np.dtype("<i8")}
 """Dtype of a statistic that is an array, by the end of its name."""
 MAX_SHARDS = 1 << 24
-MANIFEST_FORMAT = 2
-"""Of manifests and their segments; all else has `spec.FORMAT`. 1 is read, and continued as 2."""
+MANIFEST_FORMAT = 3
+"""Of manifests and their segments; all else has `spec.FORMAT`. Those before are read, and continued as this."""
 _READ_THREADS = 16
 
 
@@ -99,7 +99,10 @@ class BlockRecord:
                 n_rows=_count(value["n_rows"]),
                 n_sequences=_count(value["n_sequences"]),
                 objects=tuple(_object_record(o) for o in _typed(value["objects"], list)),
-                statistics={_checked_site(s): _checked_statistics(v) for s, v in value["statistics"].items()},
+                statistics={
+                    _checked_site(s): _checked_statistics(v, value["format"])
+                    for s, v in value["statistics"].items()
+                },
             )
         except (KeyError, TypeError, ValueError, AttributeError) as err:
             raise FormatError(f"{key} is not a block record ({type(err).__name__}: {err})") from err
@@ -123,8 +126,8 @@ def _typed(value: Any, kind: type) -> Any:
     return value
 
 
-def _checked_statistics(value: Mapping[str, Any]) -> Statistics:
-    statistics = _statistics_from(value)
+def _checked_statistics(value: Mapping[str, Any], record_format: int) -> Statistics:
+    statistics = _statistics_from(value, record_format)
     for f in fields(Statistics):
         found = getattr(statistics, f.name)
         if not isinstance(found, np.ndarray | int | float):
@@ -395,10 +398,14 @@ def statistic_bytes(name: str, value: np.ndarray) -> bytes:
     return value.astype(STATISTIC_ARRAYS[name[-2:]]).tobytes()
 
 
-def _statistics_from(value: Mapping[str, Any]) -> Statistics:
+def _statistics_from(value: Mapping[str, Any], record_format: int) -> Statistics:
     arrays = {
         k: np.frombuffer(base64.b64decode(v), dtype)
         for k, v in value.items()
         if (dtype := STATISTIC_ARRAYS.get(k[-2:]))
     }
+    if record_format == 1:
+        if "core_sse_D" in value:
+            raise ValueError("core_sse_D in a record of format 1")
+        arrays["core_sse_D"] = np.full(len(arrays["mean_D"]), np.nan)
     return Statistics(**{**value, **arrays})

@@ -17,9 +17,9 @@ _THREADS = 16
 
 
 def write_metadata(store: Store, derived: set[str]) -> None:
-    """Bring offsets, rotations and `zarr.json` to the newest manifest; the root's `zarr.json` comes last.
+    """Bring offsets, channels' multiples, rotations and `zarr.json` to the newest manifest; the root's comes last.
 
-    `derived` has the offset and rotation arrays known to be there.
+    `derived` has those arrays of the calibrations that are known to be there.
 
     No shape ever shrinks, however late a driver's write comes: what it replaces was read before it saw
     that its version is the newest, so it is of that version or an older one. Whoever commits a version

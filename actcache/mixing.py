@@ -16,7 +16,6 @@ import numpy as np
 from .errors import SpecError
 from .gathering import Gather
 from .order import permutation
-from .spec import FORMAT
 from .stream import Batch, Rows, Stream, StreamOptions
 
 if TYPE_CHECKING:
@@ -214,7 +213,7 @@ class MixedStream:
 
     def _order_id(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            "format": 1,
             "kind": "mix",
             "seed": self._schedule.seed,
             "ticks": self._schedule.ticks.tolist(),

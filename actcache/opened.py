@@ -16,7 +16,7 @@ import pyarrow as pa
 from .codec import Calibration, Precision, decode, decode_components
 from .corpus import TokenStore, open_tokens
 from .errors import RESTORE, CorruptObject, ForkedProcess, FormatError, NotADataset
-from .layout import array_layout, n_shards, read_calibration
+from .layout import array_layout, has_channels, n_shards, read_calibration
 from .manifest import Manifest, Part, Segment, read_manifest
 from .segment_files import (
     OBJECTS,
@@ -146,6 +146,8 @@ class Opened:
                 f"{self.store.url}: the calibration of {site} has {len(calibration.offset_D)} channels, "
                 f"wanted {extent.d_in}"
             )
+        if has_channels(self.manifest.identity) and calibration.channel_D is None:
+            raise FormatError(f"{self.store.url}: the calibration of {site} has no multiples of its channels")
         return calibration
 
     def decode(
@@ -158,8 +160,7 @@ class Opened:
         """float32 rows of a site, in `out` if given."""
         if not self.precision.quantised:
             return decode(codes_ND, None, None, self.precision, out=out)
-        c = self.calibration(site)
-        return decode(codes_ND, scale_N, c.offset_D, self.precision, c.rotation_DD, out)
+        return decode(codes_ND, scale_N, self.calibration(site), self.precision, out)
 
     def decode_components(self, site: str, codes_ND: np.ndarray, scale_N: np.ndarray | None) -> np.ndarray:
         """float32 rows of a site stored `rotated`, in the coordinates of its principal components."""

@@ -137,14 +137,14 @@ class Output:
         torch, shared = self._torch, self._dataset._shared
         if isinstance(staged, tuple):
             codes, scale = self._to_device(staged[0]), staged[1]
+            calibration = shared.calibration(site) if shared.precision.quantised else None
             acts = decode_on_device(
                 torch,
                 codes,
                 None if scale is None else self._to_device(scale),
-                self._constant(
-                    site, "offset", shared.calibration(site).offset_D if shared.precision.quantised else None
-                ),
+                self._constant(site, "offset", None if calibration is None else calibration.offset_D),
                 shared.precision,
+                self._constant(site, "channel", None if calibration is None else calibration.loud_D),
             )
             if site in self._transform:
                 transform = self._transform[site]
@@ -209,12 +209,17 @@ class Output:
                 )
 
 
-def decode_on_device(torch: Any, codes: Any, scale: Any, offset: Any, precision: Precision) -> Any:
+def decode_on_device(
+    torch: Any, codes: Any, scale: Any, offset: Any, precision: Precision, channel: Any = None
+) -> Any:
     """float32 rows from stored values on any torch device; the operations, and the bits, of `codec.decode`."""
     if precision.kind == "bf16":
         return codes.view(torch.bfloat16).to(torch.float32)
     acts = codes.to(torch.float32, copy=True)
-    return acts.mul_(scale[:, None]).add_(offset) if precision.quantised else acts
+    if not precision.quantised:
+        return acts
+    acts = acts.mul_(scale[:, None])
+    return (acts if channel is None else acts.mul_(channel)).add_(offset)
 
 
 def _check_rotated(dataset: "Dataset", changed: bool) -> None:

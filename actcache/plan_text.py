@@ -24,7 +24,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         _lines(_counts(plan)),
         _splits(plan),
         _sites(plan),
-        _lines(_work(plan)),
+        _lines([*_work(plan), *_needs(plan)]),
         _lines(_money(plan)),
     ):
         console.print()
@@ -129,6 +129,16 @@ def _work(plan: Plan) -> Iterator[tuple[str, str]]:
     if c.gpu_hours is not None and c.gpu_hours != c.worker_hours:
         hours += f", ~{_hours(c.gpu_hours)} GPU hours"
     yield "time", f"{hours}; ~{_duration(c.wall_hours)} with all workers"
+
+
+def _needs(plan: Plan) -> Iterator[tuple[str, str]]:
+    n = plan.needs
+    yield (
+        "a worker",
+        f"~{format_bytes(n.host_bytes)} of memory: blocks under way up to {format_bytes(n.under_way_bytes)} (one takes "
+        f"{format_bytes(n.block_bytes)}), objects being written ~{format_bytes(n.upload_bytes)}; and the LM, "
+        f"{format_bytes(n.lm_bytes)} on its device, with passes of {n.lm_batch} sequences",
+    )
 
 
 def _money(plan: Plan) -> Iterator[tuple[str, str]]:

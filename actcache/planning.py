@@ -11,14 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from . import calibrating
 from .catalog import Entry, blocks_asked, find_dataset, read_entries
 from .corpus import TokenStore, open_tokens
 from .driver import Survey, survey
 from .errors import SpecError
 from .expected import Extent, SiteSize, Stored, expected_sizes, extents
-from .harvester import CALIBRATION_ROWS, CALIBRATION_SEQUENCES
 from .manifest import SPLITS, Manifest
+from .needs import Needs, worker_needs
 from .prices import DEFAULT_GPU, Prices, read_prices
+from .progress import format_bytes
 from .sampling import SplitSize, estimate_corpus
 from .sources import ResolvedCorpus, is_local, locate_corpus, with_revision
 from .spec import Spec, dataset_name, digest, shown_source, slug, token_store_name
@@ -121,6 +123,8 @@ class Plan:
     stored: Stored
     compute: Compute
     cost: Cost
+    needs: Needs
+    """Of one worker, in memory."""
     notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -139,6 +143,8 @@ def plan(
     months: float = 1.0,
     workers: int = 1,
     gpus_per_worker: float = 1,
+    lm_batch: int = 32,
+    buffer_bytes: int = 4 * 2**30,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Plan:
     """What harvesting `spec` under `root` would take; nothing is written and no weights are loaded.
@@ -154,6 +160,7 @@ def plan(
         months: how long the dataset is kept.
         workers: that run side by side; they shorten the time, not the work.
         gpus_per_worker: GPUs that one worker takes.
+        lm_batch, buffer_bytes: as of `harvest`; they decide what a worker needs in memory.
         storage_options: for fsspec.
 
     Raises:
@@ -170,13 +177,15 @@ def plan(
     identity = _identity(found, corpus, base is not None, notes)
     entries = [] if base is None else _same_model(base, identity)
     dataset, certain = (None, True) if base is None else _find_dataset(base, identity, entries)
-    store = None if base is None else _find_tokens(base, identity, spec.corpus.source)
+    store = None if base is None else _find_tokens(base, identity, spec.corpus.shown)
     tokens = _tokens(spec, corpus, identity, found, store)
     manifest = dataset.manifest if dataset else None
     extent = extents(
         identity, blocks_asked(spec, found.block_rows), tokens.splits, list(found.widths), manifest, store
     )
-    rates = _Rate(found, table, rate, gpu, mfu, gpus_per_worker, workers, tokens.splits["train"].n_sequences)
+    groups = calibrating.site_groups(found.widths, calibrating.ROWS, buffer_bytes)
+    train_sequences = tokens.splits["train"].n_sequences
+    rates = _Rate(found, table, rate, gpu, mfu, gpus_per_worker, workers, train_sequences, len(groups))
     compute = rates.compute(extent, _to_calibrate(found, manifest), entries, identity, notes)
     sites, stored = expected_sizes(
         identity,
@@ -187,16 +196,21 @@ def plan(
         token_store_there=store is not None,
         wall_s=3600 * compute.wall_hours,
     )
+    bits = max(size.bits_per_value[1] for size in sites.values())
+    needs = worker_needs(
+        found.skeleton, identity, found.widths, bits, lm_batch=lm_batch, buffer_bytes=buffer_bytes
+    )
     _note_extent(spec, found, tokens, notes)
+    _note_needs(needs, buffer_bytes, lm_batch, notes)
     return Plan(
         model=found.model_id,
-        corpus=shown_source(spec.corpus.source),
+        corpus=shown_source(spec.corpus.shown),
         context_size=spec.context_size,
         precision=identity["precision"],
         block_rows=found.block_rows,
         chunk_rows=found.chunk_rows,
         root=root,
-        name=None if _unknown(identity) else dataset_name(identity, spec.corpus.source),
+        name=None if _unknown(identity) else dataset_name(identity, spec.corpus.shown),
         existing=_existing(dataset, certain),
         tokens=tokens,
         extent=extent,
@@ -204,6 +218,7 @@ def plan(
         stored=stored,
         compute=compute,
         cost=_cost(compute, stored, table, months, gpus_per_worker),
+        needs=needs,
         notes=tuple(notes),
     )
 
@@ -351,6 +366,19 @@ def _note_extent(spec: Spec, found: Survey, tokens: Tokens, notes: list[str]) ->
         notes.append(f"{spec.n_tokens:,} rows were asked for; the corpus gives {about}{rows:,} for training")
 
 
+def _note_needs(needs: Needs, buffer_bytes: int, lm_batch: int, notes: list[str]) -> None:
+    if needs.block_bytes > buffer_bytes:
+        notes.append(
+            f"one block takes {format_bytes(needs.block_bytes)} in memory, more than the buffer of "
+            f"{format_bytes(buffer_bytes)}: lower --block-rows, harvest fewer sites at a time, or give workers the memory"
+        )
+    if needs.lm_batch < lm_batch:
+        notes.append(
+            f"a forward pass takes {needs.lm_batch} sequences in place of {lm_batch}: more tokens, or rows of more sites, "
+            "than are held at a time (--buffer)"
+        )
+
+
 # Time and money
 
 
@@ -367,6 +395,8 @@ class _Rate:
     workers: int
     train_sequences: int
     """That the corpus gives."""
+    calibrations: int
+    """Passes over the sequences that calibrate: one for each group of sites."""
 
     def compute(
         self,
@@ -387,8 +417,9 @@ class _Rate:
         if calibrate and sequences:
             train = extent["train"]
             per_sequence = train.n_rows / max(1, train.n_sequences)
-            enough = max(CALIBRATION_SEQUENCES, math.ceil(CALIBRATION_ROWS / max(1.0, per_sequence)))
-            sequences += min(self.train_sequences, enough)
+            enough = math.ceil(calibrating.ROWS / max(1.0, per_sequence))
+            each = min(self.train_sequences, max(calibrating.sequences_wanted(T), enough))
+            sequences += self.calibrations * each
         n_tokens, pass_tokens = sequences * T, extent["train"].n_sequences * T
         rate, how, gpu = self._rate(forward.per_token, entries, identity, notes)
         hours = n_tokens / rate / 3600 if rate else 0.0

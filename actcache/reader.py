@@ -214,7 +214,8 @@ class Dataset:
 
         "mean" and "variance" are float64 [D], "norm_percentiles" maps percent to norm, the rest are
         numbers: mean_norm, max_abs, n_rows, n_core, fvu_core and fvu_all (noise of storing over
-        variance), max_error, rows_rescaled, stored_bytes, bits_per_value.
+        variance), fvu_median_channel (the same of the median channel; None if it was not recorded),
+        max_error, rows_rescaled, stored_bytes, bits_per_value.
         """
         n_blocks = self.manifest.sites[self._checked(site)].n_blocks.get(self.split_name, 0)
         parts = statistics_of(self._shared.statistics, self.split_name, site, n_blocks)

@@ -114,7 +114,8 @@ def _stated_error(
     """The largest error [K, D] that docs/format.md, "Precision", allows."""
     if precision.quantised:
         scale_K = view._gather(f"{site}/scale", rows_K)
-        widest = np.sqrt(stored_KD.shape[1]) if precision.rotated else 1.0
+        channel_D = view._shared.calibration(site).loud_D
+        widest = np.sqrt(stored_KD.shape[1]) if precision.rotated else 1.0 if channel_D is None else channel_D
         return np.broadcast_to(scale_K[:, None] / 2 * widest, stored_KD.shape)
     bits = {"bf16": 8, "fp16": 11, "fp32": 24}[precision.kind]
     exact = precision.kind == "fp32"

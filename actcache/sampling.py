@@ -83,7 +83,7 @@ def estimate_corpus(
                 n_documents += 1
     if not n_documents:
         raise CorpusError(
-            f"corpus {corpus.source!r}: no document that can be taken among the first of {n_files} files"
+            f"corpus {corpus.shown!r}: no document that can be taken among the first of {n_files} files"
         )
     own = packer.n_tokens + packer.n_tokens_cut
     records_S = packer.take(last=True)

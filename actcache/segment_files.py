@@ -64,9 +64,12 @@ OBJECTS = pa.schema(
         ("constant", pa.float64()),
     ]
 )
+_FIELDS_2 = [field for field in _FIELDS if field[0] != "core_sse_D"]
+"""In manifests of formats 1 and 2."""
+_STATISTICS_2 = pa.schema([*list(STATISTICS)[:4], *_FIELDS_2])
 _NAMED_1 = [("split", pa.string()), ("block", pa.int64())]
 _STATISTICS_1 = pa.schema(
-    [*_NAMED_1, ("site", pa.string()), ("sites", pa.string()), ("n_sequences", pa.int64()), *_FIELDS]
+    [*_NAMED_1, ("site", pa.string()), ("sites", pa.string()), ("n_sequences", pa.int64()), *_FIELDS_2]
 )
 _OBJECTS_1 = pa.schema([*_NAMED_1, ("sites", pa.string()), *OBJECTS])
 _SCHEMAS = {"records": RECORDS, "statistics": STATISTICS, "objects": OBJECTS}
@@ -249,7 +252,8 @@ def open_segment_file(store: Store, segment: Segment, file: File) -> ParquetFile
         ) from None
     if hashlib.sha256(data).hexdigest() != file.sha256:
         raise CorruptObject(f"{store.url}/{file.key} does not match its sha256; {RESTORE}")
-    return ParquetFile(data, schema, f"{store.url}/{file.key}")
+    earlier = _STATISTICS_2 if file.kind == "statistics" else None
+    return ParquetFile(data, schema, f"{store.url}/{file.key}", earlier)
 
 
 def segment_records(store: Store, segment: Segment) -> list[RecordName]:
@@ -266,7 +270,15 @@ def segment_statistics(store: Store, segment: Segment) -> pa.Table:
     table = open_segment_file(store, segment, segment.statistics).read()
     if segment.records is None:
         table = table.append_column("n_blocks", pa.array(np.ones(len(table), np.int64)))
+    if "core_sse_D" not in table.column_names:
+        unknown = [statistic_bytes("core_sse_D", np.full(n // 8, np.nan)) for n in _lengths(table["mean_D"])]
+        table = table.append_column("core_sse_D", pa.array(unknown, pa.binary()))
     return table.select(STATISTICS.names)
+
+
+def _lengths(column: pa.ChunkedArray) -> list[int]:
+    """Bytes of each element."""
+    return list(pc.binary_length(column).to_pylist())
 
 
 def encoded(table: pa.Table, name: str) -> tuple[np.ndarray, list[str]]:

@@ -213,7 +213,7 @@ def _once(array: pa.Table) -> pa.Table:
     return array.take(np.unique(shard_N, return_index=True)[1])
 
 
-_TALLIED = ("mean_D", "m2_D", "core_mean_D", "core_m2_D")
+_TALLIED = ("mean_D", "m2_D", "core_mean_D", "core_m2_D", "core_sse_D")
 
 
 def tallies(table: pa.Table | pa.RecordBatch) -> list[Tally]:
@@ -233,21 +233,16 @@ def tallies(table: pa.Table | pa.RecordBatch) -> list[Tally]:
     found = []
     for (n_rows, n_core, *rest), cells in zip(numbers, arrays, strict=True):
         try:
-            mean_D, m2_D, core_mean_D, core_m2_D = (np.frombuffer(c.as_buffer(), "<f8") for c in cells)
+            # copies: a view would keep all of its record in memory
+            arrays_D = [np.frombuffer(c.as_buffer(), "<f8").copy() for c in cells]
         except ValueError as err:
             raise FormatError(f"the statistics of a segment are damaged: {err}") from err
-        if not len(mean_D) == len(m2_D) == len(core_mean_D) == len(core_m2_D):
+        if len({len(array_D) for array_D in arrays_D}) != 1:
             raise FormatError("the statistics of a segment are damaged: arrays of different lengths")
-        # copies: a view would keep all of its record in memory
-        moments = (
-            n_rows,
-            mean_D.copy(),
-            float(m2_D.sum()),
-            n_core,
-            core_mean_D.copy(),
-            float(core_m2_D.sum()),
+        mean_D, m2_D, core_mean_D, core_m2_D, core_sse_D = arrays_D
+        found.append(
+            Tally(n_rows, mean_D, float(m2_D.sum()), n_core, core_mean_D, core_m2_D, core_sse_D, *rest)
         )
-        found.append(Tally(*moments, *rest))
     return found
 
 

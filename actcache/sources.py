@@ -9,30 +9,36 @@ nothing of tokenizers and token stores (`actcache.corpus`).
 import hashlib
 import io
 import json
+import logging
 import os
-import sysconfig
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 
+from .corpus_files import filesystem, find_files, is_local_filesystem, public_cause
 from .errors import CorpusError
 from .retry import client_errors
-from .spec import Corpus, canonical_json
+from .spec import Corpus, canonical_json, public_text, public_url
 from .store import client_options
 
-_JSONL = tuple(f".{kind}{packed}" for kind in ("jsonl", "ndjson") for packed in ("", ".gz", ".zst"))
-_ARROW = (".arrow", ".feather")
+log = logging.getLogger(__name__)
+
 _BATCH_BYTES = 8 * 2**20
 _BATCH_ROWS = 1024
 _HEAD_BYTES = 2**20
+_PACKED_HEAD = 2**18
+"""Of a packed text: unpacking what is cut off gives 64 KiB at a time, or nothing."""
 
 EMPTY = "empty"
+MAX_MALFORMED = 20
+"""So many documents may be passed over whatever their share."""
+_EARLY = 10_000
+"""So many documents without a good one end the reading: the field has another name."""
 
 
 class Document(NamedTuple):
@@ -66,6 +72,27 @@ class Skipped:
         self.counts[reason] = self.counts.get(reason, 0) + 1
         self.first.setdefault(reason, where)
 
+    @property
+    def n_malformed(self) -> int:
+        """Documents that were passed over for another reason than being empty."""
+        return sum(count for reason, count in self.counts.items() if reason != EMPTY)
+
+    def check_share(self, n_taken: int, corpus: Corpus) -> None:
+        """Refuse a corpus that is not what its description says.
+
+        Raises:
+            CorpusError: more documents than `Corpus.max_skipped_share` were passed over beside the `n_taken`.
+        """
+        share = self.n_malformed / max(1, n_taken + self.n_malformed)
+        if self.n_malformed > MAX_MALFORMED and share > corpus.max_skipped_share:
+            reason = max((r for r in self.counts if r != EMPTY), key=self.counts.__getitem__)
+            first = f", the first of these is {self.first[reason]}" if reason in self.first else ""
+            raise CorpusError(
+                f"corpus {corpus.shown!r}: {self.n_malformed} of {n_taken + self.n_malformed} documents cannot be taken "
+                f"({share:.0%}; at most {corpus.max_skipped_share:.0%} may be): {self.counts[reason]} {reason}{first}. "
+                "Name the right field or format, repair the files, or raise max_skipped_share (--max-skipped-share)"
+            )
+
 
 @dataclass(frozen=True)
 class ResolvedCorpus:
@@ -89,8 +116,9 @@ class ResolvedCorpus:
     @property
     def names(self) -> list[str]:
         """The files as they may be written down: below the folder that holds them all."""
-        folder = os.path.commonpath([os.path.dirname(f) for f in self.files])
-        return [os.path.relpath(f, folder) if folder else f for f in self.files]
+        files = [public_url(file) for file in self.files]
+        folder = os.path.commonpath([os.path.dirname(f) for f in files])
+        return [os.path.relpath(f, folder) if folder else f for f in files]
 
     def identity(self) -> dict[str, Any]:
         """What enters the token store's identity; no path and no URL does."""
@@ -111,9 +139,12 @@ class ResolvedCorpus:
 
     def where(self, file: int, record: int) -> str:
         """A document's place for people: lines and rows from 1."""
-        if self.format == "text":
-            return self.files[file]
-        return f"{self.files[file]}, {'line' if self.format == 'jsonl' else 'row'} {record + 1}"
+        name = public_url(self.files[file])
+        return (
+            name
+            if self.format == "text"
+            else f"{name}, {'line' if self.format == 'jsonl' else 'row'} {record + 1}"
+        )
 
 
 def resolve_corpus(corpus: Corpus, storage_options: Mapping[str, Any] | None = None) -> ResolvedCorpus:
@@ -133,40 +164,34 @@ def with_revision(located: ResolvedCorpus) -> ResolvedCorpus:
 
 def locate_corpus(corpus: Corpus, storage_options: Mapping[str, Any] | None = None) -> ResolvedCorpus:
     """As `resolve_corpus`, without reading the files: the revision is what the corpus states, or None."""
-    options = client_options(storage_options)
-    if corpus.source == "bundled:stdlib":
-        files = _stdlib_files()
-        options = {}
-    elif corpus.source.startswith("bundled:"):
-        raise CorpusError(f"corpus {corpus.source!r} is not bundled; the only one is bundled:stdlib")
-    else:
-        files = _find_files(corpus.source, options)
-    formats = {_format_of(f) for f in files}
-    if len(formats) > 1:
+    options = {} if corpus.source == "bundled:stdlib" else client_options(storage_options)
+    files, found = find_files(corpus, options)
+    field = corpus.token_field or corpus.chat_field
+    if found == "text" and field is not None:
         raise CorpusError(
-            f"corpus {corpus.source!r} matches files of formats {', '.join(sorted(formats))}; give a glob of one"
+            f"corpus {corpus.shown!r} is text files, which have no field {field!r}; give jsonl, parquet or Arrow files"
         )
-    if formats == {"text"} and (corpus.token_field or corpus.chat_field):
-        raise CorpusError(
-            f"corpus {corpus.source!r} is text files, which have no field "
-            f"{corpus.token_field or corpus.chat_field!r}; give jsonl, parquet or Arrow files"
+    if found == "text" and corpus.text_field != "text":
+        log.warning(
+            "corpus %r is text files: each is one document, and no field %r is read",
+            corpus.shown,
+            corpus.text_field,
         )
-    return ResolvedCorpus(corpus, tuple(files), options, formats.pop(), corpus.revision)
+    return ResolvedCorpus(corpus, tuple(files), options, found, corpus.revision)
 
 
 def is_local(file: str, options: Mapping[str, Any]) -> bool:
     """Whether a corpus file lies on this machine's file systems, where its digest is that of its bytes."""
-    fs, _ = _filesystem(file, options)
-    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+    return is_local_filesystem(filesystem(file, options)[0])
 
 
 def file_size(resolved: ResolvedCorpus, file: int) -> int:
     """Stored bytes of one of the corpus's files."""
-    fs, path = _filesystem(resolved.files[file], resolved.storage_options)
+    fs, path = filesystem(resolved.files[file], resolved.storage_options)
     try:
         return int(fs.size(path))
     except client_errors() as err:
-        raise CorpusError(f"cannot read corpus file {resolved.files[file]}: {err}") from err
+        raise _unreadable(public_url(resolved.files[file]), err) from public_cause(err)
 
 
 class Beginning(NamedTuple):
@@ -187,15 +212,17 @@ def beginning(resolved: ResolvedCorpus, file: int, n_records: int, n_characters:
     Raises:
         CorpusError: as `documents`.
     """
-    name, size = resolved.files[file], file_size(resolved, file)
-    fs, path = _filesystem(name, resolved.storage_options)
+    name, size = public_url(resolved.files[file]), file_size(resolved, file)
+    fs, path = filesystem(resolved.files[file], resolved.storage_options)
     found: list[tuple[Document, float]] = []
     with _reading(name):
         if resolved.format == "text":
-            data = bytes(fs.cat_file(path, start=0, end=n_characters))
-            cut = data.decode(errors="ignore") if len(data) < size else data  # a cut may split a character
+            end = max(n_characters, _PACKED_HEAD) if name.endswith((".gz", ".zst")) else n_characters
+            head = bytes(fs.cat_file(path, start=0, end=end))
+            data = _unpacked(head, name).removeprefix(BOM_UTF8)
+            cut = data.decode(errors="ignore") if len(head) < size else data  # a cut may split a character
             value, reason = _take_text(cut)
-            return Beginning([(Document(file, 0, value), size / len(data))] if reason is None else [], 1.0)
+            return Beginning([(Document(file, 0, value), size / len(head))] if reason is None else [], 1.0)
         length, share = 0, 0.0
         with fs.open(path, "rb") as raw:
             for number, ((value, reason), part) in enumerate(_first_records(resolved, name, raw, size)):
@@ -292,15 +319,21 @@ def documents(resolved: ResolvedCorpus, skipped: Skipped) -> Iterator[Document]:
 
     Raises:
         CorpusError: a file that cannot be read at all, a column that is missing or of another type;
-            with `skipped.strict` any document that cannot be taken.
+            more documents that cannot be taken than `Corpus.max_skipped_share` allows; with `skipped.strict`
+            any at all.
     """
+    n_taken = 0
     for number, file in enumerate(resolved.files):
-        with _reading(file):
+        with _reading(public_url(file)):
             for record, (value, reason) in enumerate(_records(resolved, file)):
                 if reason is None:
+                    n_taken += 1
                     yield Document(number, record, value)
                 else:
                     skipped.add(reason, resolved.where(number, record))
+                    if not n_taken and skipped.n_malformed == _EARLY:
+                        skipped.check_share(0, resolved.corpus)
+    skipped.check_share(n_taken, resolved.corpus)
 
 
 Taken = tuple[Any, str | None]
@@ -310,15 +343,17 @@ Taken = tuple[Any, str | None]
 def _records(resolved: ResolvedCorpus, file: str) -> Iterator[Taken]:
     """Every record of a file, in order."""
     take = _taker(resolved.corpus)
-    fs, path = _filesystem(file, resolved.storage_options)
+    fs, path = filesystem(file, resolved.storage_options)
+    file = public_url(file)
     if resolved.format == "text":
-        yield _take_text(bytes(fs.cat_file(path)))
+        data = _unpacking(io.BytesIO(fs.cat_file(path)), file).read()
+        yield _take_text(bytes(data).removeprefix(BOM_UTF8))
         return
     name = resolved.field
     assert name is not None
     with fs.open(path, "rb") as raw:
         if resolved.format == "jsonl":
-            for line in _lines(raw, path):
+            for line in _lines(raw, file):
                 value, reason = _json_field(line, name)
                 yield take(value) if reason is None else (None, reason)
         else:
@@ -502,76 +537,17 @@ def _id_arrays(column: Any) -> Iterator[Any]:
             yield ids[offsets[i] : offsets[i + 1]]
 
 
-def _stdlib_files() -> list[str]:
-    """The running interpreter's standard library sources, without tests and installed packages."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    found = [p for p in root.rglob("*.py") if not left_out & set(p.relative_to(root).parts)]
-    return [str(p) for p in sorted(found, key=lambda p: p.relative_to(root).as_posix())]
-
-
-def _find_files(source: str, options: Mapping[str, Any]) -> list[str]:
-    fs, path = _filesystem(source, options)
-    try:
-        if fs.isdir(path):
-            files = _saved_dataset(fs, path, source) or []
-            inside = [] if files else sorted(fs.find(path))
-            for kind in ("parquet", "jsonl", "arrow", "text"):
-                files = files or [f for f in inside if _format_of(f) == kind]
-        else:
-            files = sorted(f for f in fs.glob(path) if not fs.isdir(f))
-    except client_errors() as err:
-        raise CorpusError(f"cannot list corpus {source!r}: {err}. Check the URL and the credentials") from err
-    if not files:
-        raise CorpusError(f"no file matches corpus {source!r}; give a file, a directory, a glob or a URL")
-    return [fs.unstrip_protocol(f) if "://" in source else f for f in files]
-
-
-def _saved_dataset(fs: Any, path: str, source: str) -> list[str] | None:
-    """The files of a directory that `datasets.Dataset.save_to_disk` wrote, in its order; else None."""
-    if fs.exists(f"{path}/dataset_dict.json"):
-        splits = json.loads(fs.cat_file(f"{path}/dataset_dict.json"))["splits"]
-        raise CorpusError(
-            f"corpus {source!r} holds the splits {', '.join(splits)}; give the directory of one, "
-            f"e.g. {source.rstrip('/')}/{splits[0]}"
-        )
-    if not fs.exists(f"{path}/state.json"):
-        return None
-    state = json.loads(fs.cat_file(f"{path}/state.json"))
-    if state.get("_indices_data_files"):
-        raise CorpusError(f"corpus {source!r} was saved with an indices mapping; save it again, flattened")
-    names = [str(item["filename"]) for item in state["_data_files"]]
-    if any("/" in name or "\\" in name for name in names):
-        raise CorpusError(f"corpus {source!r}: its state.json names files of other directories")
-    return [f"{path}/{name}" for name in names]
-
-
-def _filesystem(source: str, options: Mapping[str, Any]) -> tuple[Any, str]:
-    try:
-        fs, path = fsspec.core.url_to_fs(source, **options)
-    except (ValueError, ImportError, OSError) as err:
-        raise CorpusError(f"cannot open corpus {source!r}: {err}. Check the URL and the credentials") from err
-    return fs, path
-
-
-def _format_of(file: str) -> str:
-    if file.endswith(_JSONL):
-        return "jsonl"
-    if file.endswith(_ARROW):
-        return "arrow"
-    return "parquet" if file.endswith(".parquet") else "text"
-
-
 def _content_digest(files: Sequence[str], options: Mapping[str, Any]) -> str:
     """sha256 over the files' contents (local) or ETags and sizes (remote), in order; no names."""
     total = hashlib.sha256()
     for file in files:
-        fs, path = _filesystem(file, options)
+        fs, path = filesystem(file, options)
         if is_local(file, options):
             with open(path, "rb") as stream:
                 total.update(hashlib.file_digest(stream, "sha256").digest())
         else:
-            info = fs.info(path)
+            with _reading(public_url(file)):
+                info = fs.info(path)
             fixed = [info.get(k) for k in ("ETag", "etag", "blob_id", "sha256", "md5Hash") if info.get(k)]
             total.update(
                 canonical_json([info["size"], *(str(f) for f in fixed or [fs.checksum(path)])]).encode()
@@ -589,4 +565,8 @@ def _reading(file: str) -> Iterator[None]:
     except CorpusError:
         raise
     except (*client_errors(), EOFError, zlib.error, pa.ArrowException) as err:
-        raise CorpusError(f"cannot read corpus file {file}: {err}") from err
+        raise _unreadable(file, err) from public_cause(err)
+
+
+def _unreadable(file: str, err: BaseException) -> CorpusError:
+    return CorpusError(f"cannot read corpus file {file}: {public_text(err)}")

@@ -10,18 +10,19 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from .codec import Precision
 from .errors import SpecError
 
-FORMAT = 1
-"""The format version this package writes; docs/format.md describes it."""
+FORMAT = 2
+"""The format version this package writes; docs/format.md describes it, and 1, which is read."""
 
 LM_DTYPES = ("float32", "bfloat16", "float16")
 PACKINGS = ("concat", "isolated", "single")
+CORPUS_FORMATS = ("text", "jsonl", "parquet", "arrow")
 MIN_SEQUENCES_PER_BLOCK = 64
 """`block_rows >= 64 * context_size`: a sequence that straddles two blocks is run in both, so
 shorter blocks would spend more than 1/64 of the forward passes twice."""
@@ -39,7 +40,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Corpus:
     """Text, with how to read it and how its documents are split.
 
@@ -49,9 +50,11 @@ class Corpus:
 
     source: str
     """A file, glob or directory, on local disk or any fsspec URL (`s3://`, `hf://datasets/...`):
-    `.jsonl[.gz|.zst]`, `.parquet` and `.arrow`/`.feather` hold one document a row, any other file is
-    one document. A directory may be what `datasets.Dataset.save_to_disk` wrote. Or `bundled:stdlib`,
-    the running Python's standard library without its tests."""
+    `.jsonl[.gz|.zst]`, `.parquet` and `.arrow`/`.feather` hold one document a row; a file of text or source
+    code (`.txt`, `.md`, `.py`, ..., also with `.gz` or `.zst`) is one document. Of a directory all files are read but
+    hidden ones; they must be of one format and one split. A directory may be what
+    `datasets.Dataset.save_to_disk` wrote. Or `bundled:stdlib`, the running Python's standard library without
+    its tests."""
 
     _: KW_ONLY
     text_field: str = "text"
@@ -63,6 +66,14 @@ class Corpus:
     chat_field: str | None = None
     """In place of text: the field or column with a list of messages (`role`, `content`), which the
     tokenizer's chat template renders."""
+
+    format: str | None = None
+    """`text`, `jsonl`, `parquet` or `arrow`: what every file is, whatever its name. None: by the names; where they do not
+    tell (`.json`, `.csv`, no suffix), it must be given."""
+
+    max_skipped_share: float = 0.1
+    """Raise if more than this share of the documents (and more than 20) cannot be read or tokenised: then the
+    corpus is described wrongly, by another field say. Empty documents do not count. Not identity."""
 
     strict: bool = False
     """Raise at the first document that cannot be read or tokenised, in place of counting it. Empty
@@ -84,6 +95,10 @@ class Corpus:
     def __post_init__(self) -> None:
         if not self.source:
             raise SpecError("the corpus source is empty; give a glob, a file, a URL or bundled:stdlib")
+        if self.format is not None:
+            _check_choice("format", self.format, CORPUS_FORMATS)
+        if not 0 <= self.max_skipped_share <= 1:
+            raise SpecError(f"max_skipped_share is {self.max_skipped_share}; it must be from 0 to 1")
         if self.token_field is not None and self.chat_field is not None:
             raise SpecError("token_field and chat_field are both given; a corpus has one of them, or text")
         if self.max_tokens is not None and not 0 < self.max_tokens <= MAX_INTEGER:
@@ -95,6 +110,19 @@ class Corpus:
             raise SpecError(
                 f"validation_share and test_share are {shares}; they must be >= 0 and leave some for train"
             )
+
+    @property
+    def shown(self) -> str:
+        """The source as it may be printed, logged and stored: without what may be a credential."""
+        return public_url(self.source)
+
+    def __repr__(self) -> str:
+        given = (
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if f.name != "source" and getattr(self, f.name) != f.default
+        )
+        return f"Corpus({', '.join([repr(self.shown), *given])})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,13 +241,33 @@ def token_store_name(tokens_identity: Mapping[str, Any], corpus_source: str) -> 
     return f"{readable}-{digest(tokens_identity)[:12]}"
 
 
+def public_url(source: str) -> str:
+    """A path as it is; a URL without user, query and fragment, any of which may hold a credential.
+
+    `?` is a query where it must be one (http), elsewhere only where `=` follows: else it is of a glob.
+    """
+
+    def public(link: str) -> str:
+        scheme, separator, rest = link.partition("://")
+        if not separator:
+            return link
+        query = r"[?#].*" if scheme.lower() in ("http", "https") else r"\?[^/]*=.*"
+        return f"{scheme}://{re.sub(r'^[^/@]*@', '', re.sub(query, '', rest))}"
+
+    return "::".join(public(link) for link in source.split("::"))
+
+
+def public_text(message: object) -> str:
+    """A message of somebody else's, with each URL in it as `public_url` gives it."""
+    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>()|]+", lambda m: public_url(m[0]), str(message))
+
+
 def shown_source(source: str) -> str:
-    """A corpus source as it may be written down: a URL without credentials and query, an absolute local
+    """A corpus source as it is written into manifests: a URL without credentials and query, an absolute local
     path without the directories above its last two parts."""
-    scheme, separator, rest = source.partition("://")
-    if not separator:
+    if "://" not in source:
         return "/".join(Path(source).parts[-2:]) if Path(source).is_absolute() else source
-    return f"{scheme}://{re.sub(r'^[^/@]*@', '', rest.split('?')[0])}"
+    return public_url(source)
 
 
 def slug(text: str) -> str:

@@ -34,6 +34,12 @@ _OPTIONS = (
         help="File, glob, directory or URL of text, .jsonl, .parquet or .arrow files; s3:// and hf:// too.",
     ),
     click.option(
+        "--format",
+        "corpus_format",
+        metavar="FORMAT",
+        help="What every file of the corpus is, whatever its name: text, jsonl, parquet or arrow. Default: by the names.",
+    ),
+    click.option(
         "--text-field",
         default="text",
         show_default=True,
@@ -51,6 +57,14 @@ _OPTIONS = (
     ),
     click.option(
         "--strict", is_flag=True, help="Stop at the first malformed document; default: count and report them."
+    ),
+    click.option(
+        "--max-skipped-share",
+        type=float,
+        default=0.1,
+        show_default=True,
+        metavar="SHARE",
+        help="Stop if more than this share of the documents (and more than 20) cannot be read; empty ones do not count.",
     ),
     click.option(
         "--max-tokens",
@@ -111,6 +125,8 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     def with_spec(
         *,
         source: str,
+        corpus_format: str | None,
+        max_skipped_share: float,
         text_field: str,
         token_field: str | None,
         chat_field: str | None,
@@ -139,6 +155,8 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
             sites = (_DEFAULT_SITE,)
         corpus = Corpus(
             source,
+            format=corpus_format,
+            max_skipped_share=max_skipped_share,
             text_field=text_field,
             token_field=token_field,
             chat_field=chat_field,

@@ -34,9 +34,9 @@ def standing(spec: Spec, root: str, storage_options: Mapping[str, Any] | None = 
     """
     resolved = resolve(spec, storage_options)
     base = open_store(root, storage_options)
-    name = find_dataset(base, resolved.id) or dataset_name(resolved.identity, spec.corpus.source)
+    name = find_dataset(base, resolved.id) or dataset_name(resolved.identity, spec.corpus.shown)
     store = base.sub(name)
-    tokens_name = token_store_name(resolved.identity["tokens"], spec.corpus.source)
+    tokens_name = token_store_name(resolved.identity["tokens"], spec.corpus.shown)
     tokens = open_tokens(base.sub(f"tokens/{tokens_name}"))
     since_s, running = _lease(base, name)
     done, complete, set_aside = _Units(), False, []

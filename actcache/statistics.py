@@ -47,6 +47,8 @@ class Statistics:
     sse: float
     """Squared error of the stored rows against the LM's, summed over rows and channels."""
     core_sse: float
+    core_sse_D: np.ndarray
+    """float64 [D]: the same by channel; NaN where a writer of an earlier format recorded the rows."""
     max_error: float
     rows_rescaled: int
     """Rows too large for the common step (they took a power-of-two multiple of it)."""
@@ -58,7 +60,7 @@ class Statistics:
         """Statistics of rows `stored_ND` that stand for the LM's rows `acts_ND` (both float32 [N, D])."""
         n_rows, d_in = acts_ND.shape
         core, rest, median = _Sums(d_in), _Sums(d_in), _Tile(calibration.median_D)
-        norm2_N = np.empty(n_rows)
+        norm2_N, core_sse_D = np.empty(n_rows), np.zeros(d_in)
         sse = core_sse = max_abs = max_error = 0.0
         for at, x_ND, y_ND, buffer_ND, peak in _pieces(acts_ND, stored_ND):
             core_N = _dots(median.subtract(x_ND, buffer_ND)) <= calibration.radius2
@@ -72,6 +74,7 @@ class Statistics:
             sse += float(sse_N.sum(dtype=np.float64))
             core_sse += float(sse_N[core_N].sum(dtype=np.float64))
             max_error = max(max_error, float(error_ND.max()), -float(error_ND.min()))
+            _add_up(core_sse_D, np.square(error_ND, out=error_ND), core_N.astype(error_ND.dtype))
         small = np.flatnonzero(norm2_N < SAFE_PEAKS[0] ** 2)
         norm2_N[small] = _dots(stored_ND[small].astype(np.float64))
         bins_K, counts_K = histogram(norm2_N)
@@ -90,6 +93,7 @@ class Statistics:
             core_m2_D=core_m2_D,
             sse=sse,
             core_sse=core_sse,
+            core_sse_D=core_sse_D,
             max_error=max_error,
             rows_rescaled=0 if scale_N is None else int((scale_N != np.float32(calibration.step)).sum()),
         )
@@ -108,32 +112,49 @@ class Statistics:
             "n_core": self.n_core,
             "fvu_core": self.core_sse / core_total if core_total else 0.0,
             "fvu_all": self.sse / total if total else 0.0,
+            "fvu_median_channel": median_channel(self.core_sse_D, self.core_m2_D),
             "max_error": self.max_error,
             "rows_rescaled": self.rows_rescaled,
         }
 
 
+def median_channel(core_sse_D: np.ndarray, core_m2_D: np.ndarray) -> float | None:
+    """FVU of the median channel, over those whose core rows vary; None where it was not recorded.
+
+    The total is that of the loud channels, which hold most of the variance.
+    """
+    varies_D = core_m2_D > 0
+    if not varies_D.any():
+        return 0.0
+    fvu = float(np.median(core_sse_D[varies_D] / core_m2_D[varies_D]))
+    return None if np.isnan(fvu) else fvu
+
+
 @dataclass(frozen=True, eq=False)
 class Tally:
-    """What a version's fidelity takes of `Statistics`: squared deviations summed over channels, no norms."""
+    """What a version's fidelity takes of `Statistics`: squared deviations summed over channels where those of
+    each are not needed, no norms."""
 
     n_rows: int
     mean_D: np.ndarray
     m2: float
     n_core: int
     core_mean_D: np.ndarray
-    core_m2: float
+    core_m2_D: np.ndarray
+    core_sse_D: np.ndarray
     sse: float
     core_sse: float
     max_error: float
     rows_rescaled: int
 
-    def fidelity(self) -> dict[str, float]:
+    def fidelity(self) -> dict[str, float | None]:
         """As `Statistics.summary` has them."""
+        core_m2 = float(self.core_m2_D.sum())
         return {
             "n_rows": self.n_rows,
-            "fvu_core": self.core_sse / self.core_m2 if self.core_m2 else 0.0,
+            "fvu_core": self.core_sse / core_m2 if core_m2 else 0.0,
             "fvu_all": self.sse / self.m2 if self.m2 else 0.0,
+            "fvu_median_channel": median_channel(self.core_sse_D, self.core_m2_D),
             "max_error": self.max_error,
             "rows_rescaled": self.rows_rescaled,
         }
@@ -142,14 +163,15 @@ class Tally:
 def merge_tallies(parts: Sequence[Tally]) -> Tally:
     """The tally of all the parts' rows together; the order of parts changes only rounding."""
     n_rows, mean_D, m2 = _merge_totals([(p.n_rows, p.mean_D, p.m2) for p in parts])
-    n_core, core_mean_D, core_m2 = _merge_totals([(p.n_core, p.core_mean_D, p.core_m2) for p in parts])
+    core_mean_D, core_m2_D = merge_moments([(p.n_core, p.core_mean_D, p.core_m2_D) for p in parts])
     return Tally(
         n_rows=n_rows,
         mean_D=mean_D,
         m2=m2,
-        n_core=n_core,
+        n_core=sum(p.n_core for p in parts),
         core_mean_D=core_mean_D,
-        core_m2=core_m2,
+        core_m2_D=core_m2_D,
+        core_sse_D=_sum([p.core_sse_D for p in parts]),
         sse=sum(p.sse for p in parts),
         core_sse=sum(p.core_sse for p in parts),
         max_error=max(p.max_error for p in parts),
@@ -203,9 +225,14 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
         core_m2_D=core_m2_D,
         sse=sum(p.sse for p in parts),
         core_sse=sum(p.core_sse for p in parts),
+        core_sse_D=_sum([p.core_sse_D for p in parts]),
         max_error=max(p.max_error for p in parts),
         rows_rescaled=sum(p.rows_rescaled for p in parts),
     )
+
+
+def _sum(vectors: Sequence[np.ndarray]) -> np.ndarray:
+    return np.add.reduce(np.array(vectors, np.float64), axis=0)
 
 
 class _Sums:
@@ -230,14 +257,8 @@ class _Sums:
         self.n_rows += len(counted)
         shifted_ND = self.centre.subtract(rows_ND, buffer_ND)
         weight_N = counted_N.astype(shifted_ND.dtype)
-        self._add_up(self.total_D, shifted_ND, weight_N)
-        self._add_up(self.square_D, np.square(shifted_ND, out=shifted_ND), weight_N)
-
-    def _add_up(self, sums_D: np.ndarray, rows_ND: np.ndarray, weight_N: np.ndarray) -> None:
-        for part, sub_rows in _sub_blocks(len(rows_ND)):
-            rows_SND = rows_ND[part].reshape(-1, sub_rows, len(sums_D))
-            weight_S1N = weight_N[part].reshape(-1, 1, sub_rows)
-            sums_D += np.matmul(weight_S1N, rows_SND)[:, 0].sum(axis=0, dtype=np.float64)
+        _add_up(self.total_D, shifted_ND, weight_N)
+        _add_up(self.square_D, np.square(shifted_ND, out=shifted_ND), weight_N)
 
     def moments(self) -> tuple[int, np.ndarray, np.ndarray]:
         """Rows, their mean, and sum of squared deviations from it; float64 [D]."""
@@ -246,6 +267,14 @@ class _Sums:
         mean_D = self.total_D / self.n_rows
         m2_D = np.maximum(self.square_D - self.total_D * mean_D, 0.0)
         return self.n_rows, self.centre.centre_D + mean_D, m2_D
+
+
+def _add_up(sums_D: np.ndarray, rows_ND: np.ndarray, weight_N: np.ndarray) -> None:
+    """Add the rows, each times its weight."""
+    for part, sub_rows in _sub_blocks(len(rows_ND)):
+        rows_SND = rows_ND[part].reshape(-1, sub_rows, len(sums_D))
+        weight_S1N = weight_N[part].reshape(-1, 1, sub_rows)
+        sums_D += np.matmul(weight_S1N, rows_SND)[:, 0].sum(axis=0, dtype=np.float64)
 
 
 class _Tile:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .errors import CorruptObject, FormatError
-from .spec import MAX_BLOCK_ROWS, MAX_CONTEXT_SIZE, MAX_INTEGER, PACKINGS
+from .spec import FORMAT, MAX_BLOCK_ROWS, MAX_CONTEXT_SIZE, MAX_INTEGER, PACKINGS
 from .store import Store
 
 MAX_JSON_BYTES = 2**24
@@ -86,6 +86,7 @@ def check_manifest(value: Any, splits: tuple[str, ...], manifest_format: int) ->
         ValueError: names the first field that is not what it must be.
     """
     identity = _mapping(value["identity"], "identity")
+    _integer(identity["format"], "identity.format", 1, FORMAT)
     tokens = _mapping(identity["tokens"], "identity.tokens")
     for name in ("id", "revision", "lm_dtype"):
         _text(_mapping(identity["model"], "identity.model")[name], f"identity.model.{name}")
@@ -221,21 +222,24 @@ class ParquetFile:
         FormatError: not Parquet, or another schema.
     """
 
-    def __init__(self, data: bytes, schema: pa.Schema, where: str) -> None:
-        self._data, self._schema, self._where = data, schema, where
+    def __init__(self, data: bytes, schema: pa.Schema, where: str, earlier: pa.Schema | None = None) -> None:
+        """`earlier`: a schema of an earlier format, which will do too; `schema` is then the one found."""
+        self._data, self._where = data, where
         self._limit = _FREE_BYTES + _EXPANSION * len(data)
         self._counted: set[tuple[int, int]] = set()
         """(row group, column) whose pages are in `_total`."""
         self._total = 0
         with self._refused():
             file = pq.ParquetFile(pa.BufferReader(data))
-            if not file.schema_arrow.equals(schema):
+            found = next((k for k in (schema, earlier) if k and file.schema_arrow.equals(k)), None)
+            if found is None:
                 raise FormatError(f"{where} has other columns than this format's")
+            self.schema: pa.Schema = found
             self._metadata = file.metadata
             if str(self._metadata.created_by).startswith("parquet-cpp version"):
                 raise ValueError("written by a version whose column sizes are wrong")
-            if self._metadata.num_columns != len(schema):
-                raise ValueError(f"{self._metadata.num_columns} columns, wanted {len(schema)}")
+            if self._metadata.num_columns != len(found):
+                raise ValueError(f"{self._metadata.num_columns} columns, wanted {len(found)}")
             groups = range(self._metadata.num_row_groups)
             self.group_rows = [int(self._metadata.row_group(g).num_rows) for g in groups]
             """Rows of each row group."""
@@ -257,7 +261,7 @@ class ParquetFile:
         Raises:
             FormatError: larger than its bytes can honestly be, damaged, or with nulls.
         """
-        schema = self._schema if columns is None else pa.schema([self._schema.field(c) for c in columns])
+        schema = self.schema if columns is None else pa.schema([self.schema.field(c) for c in columns])
         groups = range(len(self.group_rows)) if groups is None else groups
         texts = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_binary(f.type)]
         if not len(groups):
@@ -265,7 +269,7 @@ class ParquetFile:
         with self._refused():
             for g in groups:
                 for name in schema.names:
-                    self._count(g, self._schema.get_field_index(name))
+                    self._count(g, self.schema.get_field_index(name))
             # no threads: after an error Arrow's may still be at work on what was refused
             file = pq.ParquetFile(
                 pa.BufferReader(self._data),

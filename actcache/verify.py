@@ -421,7 +421,7 @@ class _Check:
         try:
             return self.store.read(key)
         except FileNotFoundError:
-            rewritten = key.endswith(("zarr.json", "/offset/c/0", "/rotation/c/0/0"))
+            rewritten = key.endswith(("zarr.json", "/offset/c/0", "/channel/c/0", "/rotation/c/0/0"))
             self.problem(key, "is missing", _REWRITE if rewritten else RESTORE)
             return None
 
@@ -443,7 +443,7 @@ class _Sums:
         piece = max(1, _PIECE_VALUES // d_in)
         for i in range(0, len(codes_ND), piece):
             scale = None if scale_N is None else scale_N[i : i + piece]
-            rows_ND = decode(codes_ND[i : i + piece], scale, c.offset_D, self._precision, c.rotation_DD)
+            rows_ND = decode(codes_ND[i : i + piece], scale, c, self._precision)
             if not np.isfinite(rows_ND).all():
                 self._finite = False
                 return

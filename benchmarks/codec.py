@@ -105,7 +105,6 @@ def measure(acts_ND: np.ndarray, precision: Precision) -> dict[str, object]:
     out_ND = np.empty_like(acts_ND)
     chunk_CD = np.empty((CHUNK_ROWS, d_in), codes_ND.dtype)
     payloads = [shard[at : at + size] for at, size in chunks]
-    offset_D, rotation_DD = calibration.offset_D, calibration.rotation_DD
 
     def unpack() -> None:
         for payload in payloads:
@@ -116,7 +115,7 @@ def measure(acts_ND: np.ndarray, precision: Precision) -> dict[str, object]:
             decode_chunk(payload, chunk_CD.shape, chunk_CD.dtype, "k", None, precision.rotated, chunk_CD)
             rows = slice(i * CHUNK_ROWS, (i + 1) * CHUNK_ROWS)
             scale = None if scale_N is None else scale_N[rows]
-            decode(chunk_CD, scale, offset_D, precision, rotation_DD, out_ND[rows])
+            decode(chunk_CD, scale, calibration, precision, out_ND[rows])
 
     read()
     summary = Statistics.of(acts_ND, out_ND, scale_N, calibration).summary()

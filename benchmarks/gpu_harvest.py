@@ -194,7 +194,7 @@ def compare(acts_ND: torch.Tensor, precision: Precision, device: str, compiled: 
         times.append((time.perf_counter() - start, queued_s))
     start = time.perf_counter()
     codes_ND, scale_N = encode(rows_ND, calibration, precision)
-    stored_ND = decode(codes_ND, scale_N, calibration.offset_D, precision, calibration.rotation_DD)
+    stored_ND = decode(codes_ND, scale_N, calibration, precision)
     theirs = Statistics.of(rows_ND, stored_ND, scale_N, calibration)
     numpy_s = time.perf_counter() - start
     codes_there_ND = encoding.codes_ND.cpu().numpy().view(precision.dtype)

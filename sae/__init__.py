@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from .architectures import BatchTopK, Gated, JumpReLU, Matryoshka, Optimiser, Standard, TopK
     from .core import SAE, load
     from .evals import evaluate
+    from .evals.during import EvalDuring
     from .export import export
     from .revival import AuxK, GhostGrads, Resampling
+    from .snapshots import load_checkpoint
     from .splicing import splice
     from .streams import ArrayStream
     from .train import NonFiniteLoss, train
@@ -25,6 +27,7 @@ _HOMES = {
     "ArrayStream": "streams",
     "AuxK": "revival",
     "BatchTopK": "architectures",
+    "EvalDuring": "evals.during",
     "Gated": "architectures",
     "GhostGrads": "revival",
     "JumpReLU": "architectures",
@@ -39,6 +42,7 @@ _HOMES = {
     "evaluate": "evals",
     "export": "export",
     "load": "core",
+    "load_checkpoint": "snapshots",
     "splice": "splicing",
     "train": "train",
 }
@@ -48,6 +52,7 @@ __all__ = [
     "ArrayStream",
     "AuxK",
     "BatchTopK",
+    "EvalDuring",
     "Gated",
     "GhostGrads",
     "JumpReLU",
@@ -61,6 +66,7 @@ __all__ = [
     "evaluate",
     "export",
     "load",
+    "load_checkpoint",
     "splice",
     "train",
 ]

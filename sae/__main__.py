@@ -9,6 +9,7 @@ import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from actcache.cli import STORAGE_OPTION, run, storage_option
 if typing.TYPE_CHECKING:
     from .architectures import Architecture
     from .core import SAE
+    from .evals.during import EvalDuring
     from .presets import Preset
     from .training import Training
 
@@ -71,14 +73,16 @@ def cli() -> None:
 
 def train_command() -> click.Command:
     """The `train` command; its options are the fields of `Training` and of the architectures."""
-    from .options import REPEATED, field_docs, field_option, sae_fields
+    from .evals.during import EvalDuring
+    from .options import EVAL_PREFIX, REPEATED, field_docs, field_option, sae_fields
     from .training import Training
 
+    of_evals = [field_option(f, field_docs(EvalDuring), prefix=EVAL_PREFIX) for f in fields(EvalDuring)]
     of_sae = [field_option(f, docs, f.name in REPEATED) for f, docs in sae_fields()]
     of_training = [field_option(f, field_docs(Training)) for f in fields(Training)]
     return click.Command(
         "train",
-        params=[*_data_options(), *_choice_options(), *of_sae, *of_training, *_run_options()],
+        params=[*_data_options(), *_choice_options(), *of_sae, *of_training, *of_evals, *_run_options()],
         callback=_train,
         help=_TRAIN_HELP,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -239,6 +243,7 @@ Examples:
   python -m sae train --config run.toml --out s3://bucket/runs/y
   python -m sae train --data s3://bucket/acts/gpt2-ab12 --d-sae 131072 --k 32 --out s3://bucket/runs/z \\
       --workers 4 --gpus-per-worker 1
+  python -m sae train --data acts/gpt2-ab12 --d-sae 24576 --k 32 --out runs/z --eval-every 1000000
 
 Each SAE ends up in DIR/<arch>-<d_sae>-<k or coefficient>, with more where that is not enough to tell it
 from the others (topk-6144-32-lr0.0003): `sae.load` reads it, metrics.jsonl has its curves. Losses,
@@ -252,7 +257,7 @@ _RANKS = ("workers", "spread", "gpus_per_worker", "cpus_per_worker")
 def _train(config: Path | None, storage_options: dict[str, Any], json: bool, **options: Any) -> None:
     import actcache
 
-    from .distributed import one_voice
+    from .distributed import one_voice, started_by_torchrun, train_by_ranks
     from .inputs import checked_device
     from .naming import run_names
     from .trackers import make_trackers
@@ -287,8 +292,12 @@ def _train(config: Path | None, storage_options: dict[str, Any], json: bool, **o
         metadata=False,
         rotated=settings.get("rotated", False),
     )
+    of_ranks = {name: settings[name] for name in _RANKS if name in settings}
+    run = train
+    if of_ranks or started_by_torchrun():
+        run = partial(train_by_ranks, returned=False, **of_ranks)
     with one_voice() as first:
-        train(
+        run(
             stream,
             list(saes),
             training,
@@ -297,7 +306,7 @@ def _train(config: Path | None, storage_options: dict[str, Any], json: bool, **o
             log=settings.get("log", ()),
             storage_options=storage_options,
             device=device,
-            **{name: settings[name] for name in _RANKS if name in settings},
+            eval_every=_evals(settings, given),
         )
     if first:
         _show_results(out, list(saes), training, storage_options, as_json=json)
@@ -322,6 +331,20 @@ def _settings(config: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
         if found.get(name, 1) < 1:
             raise click.UsageError(f"{name} is {found[name]}; it must be at least 1")
     return found
+
+
+def _evals(settings: Mapping[str, Any], given: Mapping[str, Any]) -> "EvalDuring | None":
+    """What the command line says of evaluations during training, and behind it the file."""
+    from .evals.during import EvalDuring
+    from .options import EVAL_PREFIX
+
+    names = [f.name for f in fields(EvalDuring) if EVAL_PREFIX + f.name in given]
+    values = {**settings.get("eval", {}), **{name: given[EVAL_PREFIX + name] for name in names}}
+    if values and "every_rows" not in values:
+        raise click.UsageError(
+            f"{', '.join(values)} of evaluations during training: say how often with --eval-every ROWS"
+        )
+    return EvalDuring(**values) if values else None
 
 
 def _chosen(

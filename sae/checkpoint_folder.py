@@ -40,6 +40,8 @@ class Checkpoints:
     def __init__(self, store: "Store") -> None:
         self.store = store
         self._known: set[int] = set()
+        self.held: int | None = None
+        """Rows of a checkpoint that is still read, and so stays, though newer ones come."""
 
     @property
     def rows(self) -> int | None:
@@ -96,15 +98,16 @@ class Checkpoints:
             raise self._conflict(folder) from error
         self._known.add(rows)
         self._sweep(rows, files, list(listed))
-        self._known = {rows}
+        self._known &= {rows, self.held}
 
     def remove(self) -> None:
-        """Remove all checkpoints and what dead attempts left: the run is finished."""
+        """Remove all checkpoints but one that is held, and what dead attempts left: the run is finished."""
         keys = [o.key for o in self.store.listing(FOLDER) if _is_ours(o.key)] + self._temporary()
+        keys = [key for key in keys if _rows_of(key) != self.held]
         self._delete([key for key in keys if _rows_of_done(key) is not None])
         self._delete([key for key in keys if _rows_of_done(key) is None])
         self.store.sub(FOLDER).prune()
-        self._known = set()
+        self._known &= {self.held}
 
     def _refuse_others(self, listed: Mapping[str, int]) -> None:
         """A checkpoint that this run did not complete is another process's."""
@@ -141,7 +144,7 @@ class Checkpoints:
         """
         own = {f"{folder_of(rows)}/{file['name']}" for file in files}
         attempts = {_attempt_of(key) for key in own}
-        gone = [key for key in listed if _is_ours(key) and key not in own]
+        gone = [key for key in listed if _is_ours(key) and key not in own and _rows_of(key) != self.held]
         gone = [key for key in gone if _rows_of(key) <= rows or _attempt_of(key) not in attempts]
         gone += [key for key in self._temporary() if _rows_of(key) <= rows]
         self._delete([key for key in gone if _rows_of_done(key) is not None])

@@ -19,7 +19,9 @@ import torch
 from actcache.errors import Drained, RankFailed, SpecError, StoreError
 
 from .architectures import Architecture
-from .core import SAE, load
+from .core import SAE
+from .evals.during import EvalDuring
+from .evals.monitor import BackgroundProcess, EvalBy
 from .files import is_url, local_path
 from .rundir import RunDirectory, progress_of
 from .spread import Layout, Spread, spread_of
@@ -103,6 +105,8 @@ class Job:
     log: Sequence[str] = ()
     storage_options: Mapping[str, Any] | None = None
     spread: str | None = None
+    evals: EvalDuring | None = None
+    """Evaluations while it goes on, beside the workers."""
 
     def check(self, worlds: Iterable[int]) -> None:
         """Refuse what no rank could do, before any is started.
@@ -174,8 +178,8 @@ def directory_of(job: Job) -> RunDirectory:
     return onlooker.directory
 
 
-def finished(job: Job, directory: RunDirectory) -> list[SAE]:
-    """The SAEs that the ranks have saved.
+def check_finished(job: Job) -> None:
+    """Make sure that what the ranks have finished is to be seen from here.
 
     Raises:
         StoreError: the ranks wrote elsewhere.
@@ -185,7 +189,6 @@ def finished(job: Job, directory: RunDirectory) -> list[SAE]:
             f"the workers have finished, but {job.out} is not finished as seen from here. Give `out` as a place that "
             "this process and all nodes share: a shared file system, or a URL."
         )
-    return [load(f"{directory.path}/{name}", job.storage_options) for name in directory.names]
 
 
 def run_rank(
@@ -197,15 +200,19 @@ def run_rank(
     asked: Asked | None = None,
     opened: Callable[[Trainer], None] | None = None,
     prepared: bool = False,
+    eval_by: EvalBy = BackgroundProcess,
+    returned: bool = True,
 ) -> list[SAE]:
     """Train as one rank of the process group, or alone where there is none; every rank calls it.
 
     Args:
         opened: called with the trainer once it stands where the run goes on.
+        eval_by: where the run's SAEs are evaluated while it goes on.
         prepared: another process has made the run's directory; a rank that does not see it refuses.
+        returned: False leaves the SAEs in the directory.
 
     Returns:
-        The SAEs on rank 0; on the others, nothing.
+        The SAEs, on rank 0 and if they are wanted.
     """
     import torch.distributed as dist
 
@@ -223,12 +230,15 @@ def run_rank(
         layout=layout,
         tell=tell,
         asked=asked,
+        evals=job.evals,
+        eval_by=eval_by,
+        returned=returned,
     )
     if prepared and trainer.directory is not None:
-        trainer.directory.open(resume=True, writer=False)
+        trainer.directory.open(resume=True, writer=False, load=False)
     done = trainer.open(resume)
     if done is not None:
-        return done if layout.rank == 0 else []
+        return done
     if opened is not None:
         opened(trainer)
     with torch.enable_grad():
@@ -260,8 +270,8 @@ def one_voice() -> Iterator[bool]:
         raise SystemExit(1) from None
 
 
-def train_by_torchrun(job: Job, resume: bool, device: torch.device | str) -> list[SAE]:
-    """Train as the rank that torchrun's environment says; the SAEs come back on rank 0.
+def train_by_torchrun(job: Job, resume: bool, device: torch.device | str, returned: bool) -> list[SAE]:
+    """Train as the rank that torchrun's environment says; the SAEs come back on rank 0, if they are wanted.
 
     The process group is made here, and ended, unless the script has one.
     """
@@ -275,7 +285,7 @@ def train_by_torchrun(job: Job, resume: bool, device: torch.device | str) -> lis
     if made:
         dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
     try:
-        return run_rank(job, resume=resume, device=own)
+        return run_rank(job, resume=resume, device=own, returned=returned)
     finally:
         if made:
             dist.destroy_process_group()
@@ -285,31 +295,38 @@ def train_by_ranks(
     stream: Stream,
     configs: Sequence[Architecture],
     training: Training,
+    *,
     start: Sequence[SAE | None],
     out: str | os.PathLike[str] | None,
-    *,
-    resume: bool,
-    log: Sequence[str],
-    storage_options: Mapping[str, Any] | None,
-    device: torch.device | str,
-    workers: int | tuple[int, int] | str | None,
-    spread: str | None,
-    gpus_per_worker: float,
-    cpus_per_worker: float,
+    resume: bool = True,
+    log: Sequence[str] = (),
+    storage_options: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    workers: int | tuple[int, int] | str | None = None,
+    spread: str | None = None,
+    gpus_per_worker: float = 0,
+    cpus_per_worker: float = 1,
+    eval_every: EvalDuring | int | None = None,
+    returned: bool = True,
 ) -> list[SAE]:
     """`sae.train` by several processes; this one is a rank where torchrun started it, else the driver.
+
+    `returned`: False leaves the SAEs in `out`: all SAEs of a sweep may be more than one process can hold.
 
     Raises:
         SpecError: what is asked for does not fit together.
     """
     by_torchrun = started_by_torchrun()
-    if by_torchrun and workers is not None:
+    of_workers = workers is not None or bool(gpus_per_worker) or cpus_per_worker != 1
+    if by_torchrun and of_workers:
         raise SpecError(
-            "torchrun has started the processes already; leave out workers, or start without torchrun"
+            "torchrun has started the processes already; leave out workers and what each of them has (a GPU each: "
+            "device cuda), or start without torchrun"
         )
     if not by_torchrun and workers is None:
         raise SpecError(
-            f"spread is {spread!r}, and one process trains alone; give workers, or start with torchrun"
+            "spread, gpus_per_worker and cpus_per_worker are for several processes, and one trains alone; give workers "
+            "too, or start with torchrun"
         )
     job = Job(
         stream=stream,
@@ -320,9 +337,10 @@ def train_by_ranks(
         log=log,
         storage_options=storage_options,
         spread=spread,
+        evals=EvalDuring.of(eval_every),
     )
     if by_torchrun:
-        return train_by_torchrun(job, resume, device)
+        return train_by_torchrun(job, resume, device, returned)
     if torch.device(device).type != "cpu":
         raise SpecError(
             f"device is {device}, of one process; for workers that train on a GPU each, give gpus_per_worker=1"
@@ -330,4 +348,4 @@ def train_by_ranks(
     assert workers is not None, "checked above"
     from .ray_train import train_on_ray
 
-    return train_on_ray(job, Workers.of(workers, gpus_per_worker, cpus_per_worker), resume)
+    return train_on_ray(job, Workers.of(workers, gpus_per_worker, cpus_per_worker), resume, returned)

@@ -35,6 +35,9 @@ State = Callable[[], dict[str, Any]]
 Pieces = Callable[[], Mapping[str, Piece]]
 """This rank's part of the tensors."""
 
+Completed = Callable[[int, int], None]
+"""Called on rank 0 with the rows and the step of a checkpoint that is complete; it does not raise."""
+
 
 class Keeper:
     """Saves a run of one rank or several; keeps nothing without a directory.
@@ -46,6 +49,7 @@ class Keeper:
         pieces, state: what a checkpoint holds.
         asked: True once somebody asked this process to stop.
         log_every: steps between lines of metrics; ranks meet at least so often.
+        completed: told of each complete checkpoint.
     """
 
     def __init__(
@@ -57,10 +61,11 @@ class Keeper:
         state: State,
         asked: Callable[[], bool],
         log_every: int = MEETING_STEPS,
+        completed: Completed | None = None,
     ) -> None:
         self.group, self.directory, self._schedule = group, directory, schedule
         self._every = min(MEETING_STEPS, log_every)
-        self._pieces, self._state, self._asked = pieces, state, asked
+        self._pieces, self._state, self._asked, self._completed = pieces, state, asked, completed
         attempt = self.group.objects(secrets.token_hex(4))[0]
         self.writer: CheckpointWriter | None = None
         if directory is not None:
@@ -200,6 +205,8 @@ class Keeper:
         if self.group.numbers(error is not None).any():
             self.raise_failure()
         self.saved_rows = rows
+        if self._completed is not None and self._begun is not None and rows is not None:
+            self._completed(rows, self._begun["step"])
 
     def _stop(self, rows: int) -> None:
         self.save(rows)

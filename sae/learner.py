@@ -237,32 +237,12 @@ class Learner:
         return (self.rows_since_fired_F[self._own] >= self.rules.dead_after_rows).sum()
 
     def finished(self, cfg: Mapping[str, Any]) -> SAE | None:
-        """The SAE for raw activations: biases and threshold divided by the scale, W unchanged.
+        """The SAE for raw activations, by `folded`.
 
         Where ranks share it, all of them call this, and rank 0 alone gets the SAE.
-
-        ReLU, TopK and thresholds commute with a positive factor, so this only changes the unit
-        of the latents. Decoder rows end at unit norm: norms move into the encoder, which ReLU
-        lets pass too.
         """
         p = self._assembled(self.average or self.updated)
-        if p is None:
-            return None
-        norms_F = torch.linalg.vector_norm(p["W_dec_FD"], dim=1)
-        if self.config.decoder_norm == "unit":
-            norms_F = torch.ones_like(norms_F)  # they are, but for rounding
-        extra = self.config.inference(p, self.threshold)
-        for name in ("b_enc", "b_gate", "threshold"):
-            if name in extra:
-                extra[name] = extra[name] / self.scale
-        extra["b_enc"] = extra["b_enc"] * norms_F
-        tensors: dict[str, Any] = {
-            "W_enc": (p["W_enc_FD"] * norms_F[:, None]).T.clone(),
-            "W_dec": p["W_dec_FD"] / norms_F.clamp_min(1e-30)[:, None],
-            "b_dec": p["b_dec_D"] / self.scale,
-            **{name: tensor.clone() for name, tensor in extra.items()},
-        }
-        return SAE(cfg, **{name: tensor.cpu() for name, tensor in tensors.items()})
+        return None if p is None else folded(self.config, p, self.threshold, self.scale, cfg)
 
     def pieces(self) -> dict[str, Piece]:
         """Everything that a checkpoint must hold, but `state`; this rank's part of it.
@@ -350,6 +330,38 @@ class Learner:
             if name in p:
                 p[name] *= norms_F
         normalise_rows(p["W_dec_FD"])
+
+
+def folded(
+    config: Architecture, p: Parameters, threshold: float | None, scale: float, cfg: Mapping[str, Any]
+) -> SAE:
+    """The SAE for raw activations: biases and threshold divided by the scale, W unchanged.
+
+    ReLU, TopK and thresholds commute with a positive factor, so this only changes the unit
+    of the latents. Decoder rows end at unit norm: norms move into the encoder, which ReLU
+    lets pass too.
+
+    Args:
+        p: whole parameters, or their averages, in training's units.
+        threshold: the average that inference needs, where the architecture learns one.
+        scale: what raw activations were multiplied with.
+        cfg: of the SAE.
+    """
+    norms_F = torch.linalg.vector_norm(p["W_dec_FD"], dim=1)
+    if config.decoder_norm == "unit":
+        norms_F = torch.ones_like(norms_F)  # they are, but for rounding
+    extra = config.inference(p, threshold)
+    for name in ("b_enc", "b_gate", "threshold"):
+        if name in extra:
+            extra[name] = extra[name] / scale
+    extra["b_enc"] = extra["b_enc"] * norms_F
+    tensors: dict[str, Any] = {
+        "W_enc": (p["W_enc_FD"] * norms_F[:, None]).T.clone(),
+        "W_dec": p["W_dec_FD"] / norms_F.clamp_min(1e-30)[:, None],
+        "b_dec": p["b_dec_D"] / scale,
+        **{name: tensor.clone() for name, tensor in extra.items()},
+    }
+    return SAE(cfg, **{name: tensor.cpu() for name, tensor in tensors.items()})
 
 
 def normalise_rows(W_FD: Tensor) -> None:

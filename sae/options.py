@@ -28,7 +28,15 @@ if typing.TYPE_CHECKING:
 REPEATED = ("d_sae", "k", "l1_coefficient", "l0_coefficient", "target_l0")
 """Fields whose option may be repeated: every combination is trained."""
 _STRUCTURED = ("revive", "optimiser")
-_RENAMED = {"n_rows": "rows", "rungs": "rung"}
+_RENAMED = {
+    "n_rows": "rows",
+    "rungs": "rung",
+    "eval_every_rows": "eval_every",
+    "eval_n_rows": "eval_rows",
+    "eval_n_sequences": "eval_sequences",
+}
+EVAL_PREFIX = "eval_"
+"""Before the names of `EvalDuring`'s fields on the command line."""
 FILE_KEYS = (
     "data",
     "site",
@@ -46,6 +54,7 @@ FILE_KEYS = (
     "log",
     "storage_options",
     "training",
+    "eval",
     "sae",
 )
 """What a TOML file may hold."""
@@ -145,11 +154,12 @@ def config_of_sae(s: "SAE", where: str) -> "Architecture":
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file: `FILE_KEYS`, with `training` checked against `Training`.
+    """The settings of a TOML file: `FILE_KEYS`, `training` and `eval` checked against `Training` and `EvalDuring`.
 
     Raises:
         ValueError: no TOML, an unknown key or a value of the wrong type.
     """
+    from .evals.during import EvalDuring
     from .training import Training
 
     try:
@@ -160,6 +170,9 @@ def read_file(path: Path) -> dict[str, Any]:
     known: dict[str, Any] = {f.name: f for f in fields(Training)}
     training = _table(found.pop("training", {}), f"{path}: training")
     _check_names(training, known, f"{path}: training key")
+    of_evals: dict[str, Any] = {f.name: f for f in fields(EvalDuring)}
+    evals = _table(found.pop("eval", {}), f"{path}: eval")
+    _check_names(evals, of_evals, f"{path}: eval key")
     saes = found.pop("sae", [])
     if not isinstance(saes, list) or not all(isinstance(s, dict) for s in saes):
         raise ValueError(f"{path}: sae is {saes!r}; it wants tables, each headed [[sae]]")
@@ -186,9 +199,10 @@ def read_file(path: Path) -> dict[str, Any]:
     try:
         configs = [sae_of_table(s) for s in saes]
         values = _taken(training, known, "training")
+        eval_values = _taken(evals, of_evals, "eval")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return {**checked, "storage_options": options, "training": values, "sae": configs}
+    return {**checked, "storage_options": options, "training": values, "eval": eval_values, "sae": configs}
 
 
 def fitted(annotation: Any, value: Any, what: str) -> Any:
@@ -384,13 +398,15 @@ def _own_field_docs(kind: type) -> dict[str, str]:
     return found
 
 
-def field_option(f: "Field[Any]", docs: Mapping[str, str], multiple: bool = False) -> click.Option:
-    """A command-line option for a config field; its help is the field's own text.
+def field_option(
+    f: "Field[Any]", docs: Mapping[str, str], multiple: bool = False, prefix: str = ""
+) -> click.Option:
+    """A command-line option for a config field, `prefix` before its name; its help is the field's own text.
 
     Its value is None, or (), when it is not given: the dataclass knows its default.
     """
     help_text = docs[f.name].replace("None: ", "Default: ")
-    if f.name == "n_rows":
+    if f.name == "n_rows" and not prefix:
         help_text += " Default: every row of the dataset, once per epoch."
     if multiple:
         help_text += " Repeat to train several."
@@ -399,8 +415,9 @@ def field_option(f: "Field[Any]", docs: Mapping[str, str], multiple: bool = Fals
         shown = f"{f.default:g}" if kind is float else str(f.default)
         help_text += f" [default: {shown}]"
     extra.setdefault("multiple", multiple)
-    name = _RENAMED.get(f.name, f.name).replace("_", "-")
-    return click.Option([f"--{name}", f.name], type=kind, default=None, help=help_text, **extra)
+    name = prefix + f.name
+    flag = _RENAMED.get(name, name).replace("_", "-")
+    return click.Option([f"--{flag}", name], type=kind, default=None, help=help_text, **extra)
 
 
 def _click_type(annotation: Any) -> tuple[Any, dict[str, Any]]:

@@ -6,6 +6,7 @@ whether to stop. Ray keeps no checkpoint: each start goes on from the run's dire
 `Launch` after the other.
 """
 
+import logging
 import os
 import pickle
 import tempfile
@@ -18,7 +19,10 @@ from typing import Any
 from actcache.errors import ActcacheError, RankFailed
 
 from .distributed import Job, Workers, run_rank
+from .evals.on_ray import RayEvaluation
 from .train import Trainer
+
+log = logging.getLogger(__name__)
 
 FINAL = (ActcacheError, ValueError, ImportError)
 """Errors that another try would meet again."""
@@ -26,7 +30,6 @@ _TELL_S = 1.0
 _CAUSE_S = 10.0
 """A rank that was told of another's failure waits so long for that one to say it itself."""
 _PREEMPTION_S = 5.0
-_FOREVER_S = 10 * 365 * 86_400
 
 
 @dataclass
@@ -51,7 +54,7 @@ class End:
     text: str = ""
     """All that Ray Train says of it."""
     unplaced: bool = False
-    """No rank was started: there was no room."""
+    """No rank was started: others have taken the room meanwhile."""
     never: bool = False
     """There will never be room."""
 
@@ -69,8 +72,6 @@ class Launch:
         """Run Ray Train until the ranks have ended; `me` is this actor's handle."""
         os.environ.update(environment)
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-        if not workers.elastic:  # one request is waited for, however long; who waits is told by the driver
-            os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_FOREVER_S))
         from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
         from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -80,10 +81,10 @@ class Launch:
                 train_loop_config={"job": job, "board": me, "cpus": workers.cpus},
                 torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
                 scaling_config=ScalingConfig(
-                    num_workers=(workers.least, workers.most) if workers.elastic else workers.most,
+                    # never (least, most): Ray Train counts what others hold as room, and grows without saving
+                    num_workers=workers.most,
                     use_gpu=bool(workers.gpus),
                     resources_per_worker=workers.resources,
-                    elastic_resize_monitor_interval_s=_FOREVER_S,  # the driver saves before it grows
                 ),
                 run_config=RunConfig(
                     name=name,
@@ -145,6 +146,8 @@ def rank_main(config: dict[str, Any]) -> None:
             asked=lambda: preempted.is_set() or (line is not None and line.asked),
             opened=line.opened if line else None,
             prepared=True,
+            eval_by=RayEvaluation,
+            returned=False,
         )
     except FINAL as error:
         deadline = time.monotonic() + _CAUSE_S
@@ -183,8 +186,15 @@ class Line:
         self._say()
 
     def _run(self) -> None:
+        import ray
+
         while not self._over.wait(_TELL_S):
-            self._say()
+            try:
+                self._say()
+            except ray.exceptions.RayActorError:
+                return  # the driver has ended, and this process is about to
+            except ray.exceptions.RayError as error:
+                log.warning("the driver could not be told: %s", error)
 
     def _say(self) -> None:
         import ray
@@ -234,8 +244,13 @@ def _end_of(error: Any) -> End:
     failures = getattr(error, "worker_failures", {})
     lost = [rank for rank, e in failures.items() if hasattr(e, "health_check_failure")]
     if lost:
-        why = "out of memory, " if "memory" in text.split("Some common causes")[0] else ""
-        return End(f"rank {lost[0]} was lost ({why}its process has ended)", text)
+        known = text.split("Some common causes")[0]  # what follows are Ray's guesses
+        why = "its process has ended"
+        if "memory" in known:
+            why = "its node ran out of memory"
+        elif "node has died" in known:
+            why = "its node has died"
+        return End(f"rank {lost[0]} was lost ({why})", text)
     for rank, e in failures.items():
         return End(f"rank {rank}: {last_line(str(e))}", text)
     return End(last_line(text), text)

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, TextIO
@@ -26,9 +26,10 @@ from actcache.errors import Drained, RankFailed, SpecError, WorkerLost
 from actcache.progress import Progress
 
 from .core import SAE
-from .distributed import Job, Workers, directory_of, finished
+from .distributed import Job, Workers, check_finished, directory_of
 from .keeper import Stop
 from .ray_ranks import FINAL, End, Launch, News, last_line
+from .ray_room import Room, room_for, shortage
 from .rundir import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -37,11 +38,14 @@ FAILURES = 3
 """Crashes in a row, of starts at one row, that end the run."""
 _LOOK_S = 0.5
 _REMIND_S = 30.0
+_SETTLE_S = 3.0
+"""After the least number of workers has a place, others are waited for so long."""
 _GROW_S = 60.0
+"""How often an elastic run looks for room for more: to save, stop and start again costs about half of that."""
 
 
-def train_on_ray(job: Job, workers: Workers, resume: bool) -> list[SAE]:
-    """The SAEs, trained on a Ray cluster.
+def train_on_ray(job: Job, workers: Workers, resume: bool, returned: bool = True) -> list[SAE]:
+    """The SAEs, trained on a Ray cluster; an empty list if they are not to be `returned`.
 
     The cluster is the one that is connected, or that RAY_ADDRESS names; else one on this machine.
 
@@ -52,7 +56,7 @@ def train_on_ray(job: Job, workers: Workers, resume: bool) -> list[SAE]:
     """
     job.check(range(workers.least, workers.most + 1))
     directory = directory_of(job)
-    found = directory.open(resume)
+    found = directory.open(resume, load=returned)
     if isinstance(found, list):
         log.info("%s already holds this finished run; nothing to train", directory.path)
         return found
@@ -60,7 +64,8 @@ def train_on_ray(job: Job, workers: Workers, resume: bool) -> list[SAE]:
     # in this order: ray.init takes SIGTERM for itself
     with contextlib.redirect_stdout(aside), _ray(workers), Stop() as stop:
         Driver(job, workers, directory, stop, aside.said).run()
-    return finished(job, directory)
+    check_finished(job)
+    return [directory.load(i) for i in range(len(directory.names))] if returned else []
 
 
 class Aside(io.TextIOBase):
@@ -128,7 +133,6 @@ class Driver:
         described = json.dumps([directory.description, directory.path], sort_keys=True)
         self._digest = hashlib.sha256(described.encode()).hexdigest()[:12]
         self._log_path: str | None = None
-        self._growth = Growth(workers)
 
     def run(self) -> None:
         """Return once the run is finished.
@@ -142,13 +146,13 @@ class Driver:
         for attempt in itertools.count(1):
             # a name of its own: Ray Train would go on with what it finds under the name of another run
             name = f"sae-{self._digest}-{attempt}-{secrets.token_hex(4)}"
-            start = Start(self._job, self._workers, self._stop, self._growth)
+            start = Start(self._job, self._workers, self._stop)
             end = start.follow(name)
             if end.cause is None:
                 return
             error = _first(start.failures)
             if isinstance(error, Drained) and self._stop.asked is None:
-                if not self._growth.asked:
+                if not start.outgrown:
                     log.info("a node is taken away: the run is saved, and goes on with other workers")
                 continue
             if error is not None:
@@ -191,46 +195,19 @@ class Driver:
         return self._log_path
 
 
-class Growth:
-    """When an elastic run stops to go on with more workers: where there is room, ever more rarely if in vain."""
-
-    def __init__(self, workers: Workers) -> None:
-        self._workers, self._every_s, self._from = workers, _GROW_S, 0
-        self._looked = time.monotonic()
-        self.asked = False
-
-    def begun(self, world: int) -> None:
-        """The ranks have begun, `world` of them."""
-        if self.asked:
-            self._every_s = _GROW_S if world > self._from else 2 * self._every_s
-        self.asked, self._looked = False, time.monotonic()
-
-    def wanted(self, world: int) -> bool:
-        """True if the run should be saved now, to go on with more than `world`."""
-        import ray
-
-        if self.asked or world >= self._workers.most or time.monotonic() - self._looked < self._every_s:
-            return self.asked
-        self._looked = time.monotonic()
-        free = ray.available_resources()
-        self.asked = all(free.get(name, 0) >= n for name, n in self._workers.resources.items())
-        if self.asked:
-            self._from = world
-            log.info("there is room for more than %d workers: saving, then going on with them", world)
-        return self.asked
-
-
 class Start:
     """One start of the ranks, from the request for room to their end."""
 
-    def __init__(self, job: Job, workers: Workers, stop: Stop, growth: Growth) -> None:
-        self._job, self._workers, self._stop, self._growth = job, workers, stop, growth
+    def __init__(self, job: Job, workers: Workers, stop: Stop) -> None:
+        self._job, self._workers, self._stop = job, workers, stop
         self._bars, self._progress = contextlib.ExitStack(), Progress("", None, show=False)
         self.news = News()
         """What rank 0 last said."""
         self.failures: list[tuple[int, BaseException]] = []
         """What ranks raised on purpose."""
-        self._begun = time.monotonic()
+        self.outgrown = False
+        """They were asked to stop because there is room for more."""
+        self._begun = self._spoken = time.monotonic()
 
     def follow(self, name: str) -> End:
         """Start the ranks and show their news until they have ended.
@@ -241,7 +218,7 @@ class Start:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        log.info("waiting for %s", self._workers)
+        world = self._found_room()
         near = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         options = {"num_cpus": 0, "max_concurrency": 8, "scheduling_strategy": near}
         launch = ray.remote(Launch).options(**options).remote()
@@ -249,9 +226,11 @@ class Start:
         if len(ray.nodes()) == 1:  # nobody takes away the node that this process is on
             settings = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"} | settings
         try:
-            fit = launch.fit.remote(launch, self._job, self._workers, name, settings)
-            with self._bars:
-                self._watch(launch, fit)
+            fit = launch.fit.remote(
+                launch, self._job, replace(self._workers, least=world, most=world), name, settings
+            )
+            with self._bars, room_for(self._workers, 0) as room:
+                self._watch(launch, fit, room)
             end: End = ray.get(fit)
             return end
         except ray.exceptions.RayTaskError as error:
@@ -263,39 +242,68 @@ class Start:
         finally:
             ray.kill(launch)
 
-    def _watch(self, launch: Any, fit: Any) -> None:
-        """Until the ranks have ended: show what they tell, and ask them to stop when that is wanted."""
+    def _found_room(self) -> int:
+        """How many workers there is room for, once it is enough: the most in a few seconds, where they are elastic."""
+        log.info("waiting for %s", self._workers)
+        least, most = self._workers.least, self._workers.most
+        with room_for(self._workers, least) as room:
+            while room.placed < least:
+                self._pause()
+                self._remind(f"still waiting for {self._workers}", lambda: shortage(self._workers))
+            room.reserve_more(most - least)
+            since = time.monotonic()
+            while (placed := room.placed) < most and time.monotonic() - since < _SETTLE_S:
+                self._pause()
+            return placed
+
+    def _pause(self) -> None:
+        if self._stop.asked is not None:
+            raise Drained(f"stopped before the workers began; run the same again to train {self._job.out}")
+        time.sleep(_LOOK_S)
+
+    def _watch(self, launch: Any, fit: Any, room: Room) -> None:
+        """Until the ranks have ended: show what they tell, and ask them to stop when that is wanted.
+
+        `room` is for those that an elastic run may have more.
+        """
         import ray
 
-        told, reminded = False, self._begun
+        asked, looked = False, time.monotonic()
         while True:
             done, _ = ray.wait([fit], timeout=_LOOK_S)
             news, self.failures = ray.get(launch.look.remote())
-            self._see(news)
+            if self._see(news):
+                room.reserve_more(self._workers.most - news.world)
+                looked = time.monotonic()
             if done:
                 return
-            if self._stop.asked is not None and not news.world:
-                raise Drained(
-                    f"stopped before the workers began; run the same again to train {self._job.out}"
-                )
-            elastic = self._workers.elastic and news.begun_at is not None
-            if not told and (self._stop.asked is not None or (elastic and self._growth.wanted(news.world))):
-                told = True
+            if not news.world:
+                self._remind("the workers are starting", lambda: "they import torch and form a group")
+                if self._stop.asked is not None:
+                    raise Drained(
+                        f"stopped before the workers began; run the same again to train {self._job.out}"
+                    )
+            if news.begun_at is not None and time.monotonic() - looked > _GROW_S:
+                looked = time.monotonic()
+                self.outgrown = self.outgrown or room.placed > 0
+            if not asked and (self._stop.asked is not None or self.outgrown):
+                asked = True
                 launch.ask.remote()
-            if not news.world and time.monotonic() - reminded > _REMIND_S:
-                reminded = time.monotonic()
-                self._remind()
+                if self.outgrown:
+                    log.info("there is room for more than %d workers: saving, to go on with them", news.world)
 
-    def _see(self, news: News) -> None:
-        """Show rank 0's news."""
+    def _see(self, news: News) -> bool:
+        """Show rank 0's news; True if the ranks have just begun."""
         before, self.news = self.news, news
         if news.begun_at is None:
-            return
-        if before.begun_at is None:
-            self._growth.begun(news.world)
+            return False
+        begins = before.begun_at is None
+        if begins:
             self._progress = self._bars.enter_context(self._bar(news))
             before = replace(news, rows=news.begun_at)
-        self._progress.advance(news.rows - before.rows, **news.shown)
+        stall = {"stall": news.shown["stall"]} if news.shown else {}  # first: 80 columns end before the last
+        self._progress.advance(news.rows - before.rows, **(stall | dict(news.shown)))
+        return begins
 
     def _bar(self, news: News) -> Progress:
         n, at = len(self._job.configs), news.begun_at or 0
@@ -306,19 +314,12 @@ class Start:
         label = f"training {n} SAE{'s' if n > 1 else ''} on {news.world}"
         return Progress(label, self._job.training.n_rows, "rows", done=at)
 
-    def _remind(self) -> None:
-        """Say what is waited for, and what the cluster has of it."""
-        import ray
-
-        wanted = {k: v * self._workers.least for k, v in self._workers.resources.items()}
-        there, free = ray.cluster_resources(), ray.available_resources()
-        has = ", ".join(f"{there.get(k, 0):g} {k} ({free.get(k, 0):g} free)" for k in wanted)
-        lacks = ", ".join(f"{v - there.get(k, 0):g} {k}" for k, v in wanted.items() if v > there.get(k, 0))
-        log.info(
-            "still waiting for %s after %.0f s; the cluster has %s: %s", self._workers,
-            time.monotonic() - self._begun, has,
-            f"it lacks {lacks}" if lacks else "they are starting, or others hold what they need",
-        )  # fmt: skip
+    def _remind(self, what: str, why: Callable[[], str]) -> None:
+        """Say every half minute what is waited for."""
+        now = time.monotonic()
+        if now - self._spoken > _REMIND_S:
+            self._spoken = now
+            log.info("%s, for %.0f s: %s", what, now - self._begun, why())
 
 
 def _first(failures: list[tuple[int, BaseException]]) -> BaseException | None:

@@ -1,11 +1,13 @@
 """The directory of a training run: what it holds, whether it is the same run, how it goes on.
 
 A run directory holds `run.json`, while unfinished a checkpoint (sae/checkpoint.py), and for each SAE a
-directory (sae/naming.py) with `metrics.jsonl` and, once finished, the SAE
-itself. It is local or at any fsspec URL: sae/files.py has what differs. One process of a run writes; the
-other ranks of a distributed one only look, and write their parts of checkpoints.
+directory (sae/naming.py) with `metrics.jsonl`, `evals.jsonl` where it is evaluated in training
+(sae/evals/during.py) and, once finished, the SAE itself. It is local or at any fsspec URL: sae/files.py has
+what differs. One process of a run writes; the other ranks of a distributed one only look, and write their
+parts of checkpoints.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,7 +21,7 @@ from .checkpoint_writer import CheckpointWriter
 from .core import SAE, load, parse_json
 from .files import run_files
 
-RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
+RUN_FILE, METRICS_FILE, EVALS_FILE = "run.json", "metrics.jsonl", "evals.jsonl"
 RUN_FORMAT = 1
 _OF_RANKS = ("world_size", "spread", "stall_by_rank")
 """What metrics of several ranks have in addition."""
@@ -40,15 +42,21 @@ class RunDirectory:
         self.files, self.names = run_files(location, storage_options), list(names)
         self.path, self.storage_options = self.files.url, storage_options
         self.checkpoints = Checkpoints(self.files.store)
+        self.evaluated_rows = 0
+        """Rows of the newest checkpoint whose evaluation is kept; 0 if there is none."""
+        self._evals_to_sync = False
         self.description = json.loads(json.dumps({"format": RUN_FORMAT, **description}))
 
-    def open(self, resume: bool, writer: bool = True) -> StoredCheckpoint | list[SAE] | None:
+    def open(
+        self, resume: bool, writer: bool = True, load: bool = True
+    ) -> StoredCheckpoint | list[SAE] | None:
         """What the directory holds: a finished run's SAEs, a checkpoint, or nothing, then made ready.
 
         Args:
             resume: False refuses a directory that already holds a run.
             writer: False for the other ranks of a distributed run, once `open` of the rank that writes has
                 returned: changes nothing and ignores `resume`.
+            load: False gives an empty list for a finished run.
 
         Raises:
             Conflict: it holds a run of other settings, or any run and `resume` is False; or a checkpoint
@@ -70,7 +78,7 @@ class RunDirectory:
             if finished:
                 if writer:
                     self.checkpoints.remove()  # of a process that was killed as it did so
-                return [load(f"{self.path}/{name}", self.storage_options) for name in self.names]
+                return [self.load(i) for i in range(len(self.names))] if load else []
         stored = self.checkpoints.newest()
         if not writer:
             return stored
@@ -85,7 +93,14 @@ class RunDirectory:
         sizes = [0] * len(self.names) if stored is None else stored.state["metrics_bytes"]
         for file, size in zip(self.metrics_files, sizes, strict=True):
             self.files.cut(file, size)
+        self._cut_evals(0 if stored is None else stored.rows)
         return stored
+
+    @property
+    def finished(self) -> bool:
+        """Whether it holds a finished run."""
+        data = self.files.read(RUN_FILE)
+        return data is not None and bool(parse_json(f"{self.path}/{RUN_FILE}", data).get("finished"))
 
     @property
     def metrics_files(self) -> list[str]:
@@ -110,6 +125,35 @@ class RunDirectory:
                 "file system that all nodes share, or a URL."
             ) from error
 
+    @property
+    def evals_files(self) -> list[str]:
+        return [f"{name}/{EVALS_FILE}" for name in self.names]
+
+    def append_evals(self, rows: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        """One line to each SAE's evals.jsonl: the figures of the checkpoint after `rows` rows.
+
+        In an object store they are written with the next checkpoint, or by `sync_evals`.
+        """
+        for file, line in zip(self.evals_files, lines, strict=True):
+            self.files.append(file, (json.dumps(line) + "\n").encode())
+        self.evaluated_rows, self._evals_to_sync = rows, True
+
+    def sync_evals(self) -> None:
+        """Make the evaluations so far durable."""
+        if self._evals_to_sync:
+            self.files.sync(self.evals_files)
+            self._evals_to_sync = False
+
+    def _cut_evals(self, rows: int) -> None:
+        """Leave the evaluations of checkpoints up to `rows`, where every SAE has its line."""
+        found = [self.files.read(file) for file in self.evals_files]
+        kept = [_lines_up_to(data or b"", rows) for data in found]
+        n = min(len(lines) for lines in kept)
+        for file, data, lines in zip(self.evals_files, found, kept, strict=True):
+            if data is not None:
+                self.files.cut(file, sum(len(line) for line in lines[:n]))
+        self.evaluated_rows = json.loads(kept[0][n - 1])["rows"] if n else 0
+
     def checkpoint_writer(
         self, rank: int = 0, world: int = 1, attempt: str | None = None
     ) -> CheckpointWriter:
@@ -118,6 +162,7 @@ class RunDirectory:
 
     def with_metrics(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """The state of a checkpoint that begins now, with the metrics so far, which are made durable."""
+        self.sync_evals()
         return {**state, "metrics_bytes": self.files.sync(self.metrics_files)}
 
     def complete_checkpoint(self, rows: int, state: Mapping[str, Any], parts: Sequence[PartInfo]) -> None:
@@ -133,12 +178,16 @@ class RunDirectory:
         """Save the i-th SAE once it is trained; any rank may."""
         s.save(f"{self.path}/{self.names[i]}", self.storage_options)
 
-    def finish(self) -> list[SAE]:
-        """Mark the run as finished, once all SAEs are saved; returns them."""
+    def load(self, i: int) -> SAE:
+        """The i-th SAE, which was saved."""
+        return load(f"{self.path}/{self.names[i]}", self.storage_options)
+
+    def finish(self) -> None:
+        """Mark the run as finished, once all SAEs are saved."""
         self.files.sync(self.metrics_files)
+        self.sync_evals()
         self._write_run(finished=True)
         self.checkpoints.remove()
-        return [load(f"{self.path}/{name}", self.storage_options) for name in self.names]
 
     @property
     def checkpoint_rows(self) -> int | None:
@@ -160,6 +209,18 @@ class RunDirectory:
                 f"{self.path} holds a run of other settings ({'; '.join(changes)}). "
                 "Choose another directory, or repeat the old settings to continue it."
             )
+
+
+def _lines_up_to(data: bytes, rows: int) -> list[bytes]:
+    """The lines of an evals.jsonl up to the first that is torn, or is of a checkpoint after more rows."""
+
+    def kept(line: bytes) -> bool:
+        try:
+            return line.endswith(b"\n") and json.loads(line)["rows"] <= rows
+        except ValueError:
+            return False
+
+    return list(itertools.takewhile(kept, data.splitlines(keepends=True)))
 
 
 def _fixed(description: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Curves for TensorBoard and Weights & Biases, beside metrics.jsonl, which is always written.
 
-Each library is imported only when asked for. What they show is what metrics.jsonl has, with the name
-of the SAE before the name of the figure. They decide no number and are part of no run's identity.
+Each library is imported only when asked for. What they show is what metrics.jsonl has, and evals.jsonl, with
+the name of the SAE before the name of the figure. They decide no number and are part of no run's identity.
 """
 
 import hashlib
@@ -38,6 +38,10 @@ class Tracker(ABC):
         """The figures of one step."""
 
     @abstractmethod
+    def log_evals(self, lines: Lines, step: int) -> None:
+        """The figures of an evaluation under NAME/eval/; of a step that may lie behind the last one logged."""
+
+    @abstractmethod
     def close(self) -> None:
         """Write what is held back."""
 
@@ -58,6 +62,10 @@ class TensorBoard(Tracker):
         for name, line in lines.items():
             for figure, value in line.items():
                 self._writer.add_scalar(f"{name}/{figure}", value, step)
+
+    def log_evals(self, lines: Lines, step: int) -> None:
+        for name, value in _of_evals(lines).items():
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._writer.close()
@@ -80,13 +88,32 @@ class WeightsAndBiases(Tracker):
             resume="allow",
             config=dict(description),
         )
+        self._step = step
+        for name in description[
+            "saes"
+        ]:  # wandb takes no line behind its last, so evaluations have their own axis
+            self._run.define_metric(f"{name}/eval/*", step_metric=f"{name}/eval/step")
 
     def log(self, lines: Lines, step: int) -> None:
         figures = {f"{name}/{key}": value for name, line in lines.items() for key, value in line.items()}
         self._run.log(figures, step=step)
+        self._step = step
+
+    def log_evals(self, lines: Lines, step: int) -> None:
+        self._run.log(_of_evals(lines), step=self._step)
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _of_evals(lines: Lines) -> dict[str, float]:
+    """The numbers of an evaluation, by NAME/eval/FIGURE."""
+    return {
+        f"{name}/eval/{figure}": value
+        for name, line in lines.items()
+        for figure, value in line.items()
+        if isinstance(value, int | float)
+    }
 
 
 TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}

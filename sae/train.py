@@ -8,6 +8,7 @@ says who trains what, sae/keeper.py what they decide together); sae/distributed.
 Shapes: N rows, D = d_in.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -27,6 +28,8 @@ from .checkpoint import StoredCheckpoint
 from .core import SAE
 from .curves import bar_figures, metrics_line, numbers
 from .divergence import NonFiniteLoss, non_finite
+from .evals.during import EvalDuring
+from .evals.monitor import BackgroundProcess, EvalBy, Monitor, monitor_of
 from .group import Share
 from .inputs import Inputs, centre, checked_device, resolve_site
 from .keeper import Keeper, Stop
@@ -63,6 +66,7 @@ def train(
     spread: str | None = None,
     gpus_per_worker: float = 0,
     cpus_per_worker: float = 1,
+    eval_every: EvalDuring | int | None = None,
 ) -> list[SAE]:
     """Trained SAEs, in the order of `configs`; the data are read once for all of them.
 
@@ -91,10 +95,12 @@ def train(
             SAEs where there are as many as processes, else latents.
         gpus_per_worker: 1 trains each worker on a GPU, 0 on the CPU.
         cpus_per_worker: CPUs that each worker reserves, and its threads.
+        eval_every: rows between evaluations of the SAEs on held-out rows and in the LM while they are trained,
+            or `sae.EvalDuring(every_rows=..., ...)` with more settings. The figures are in each SAE's evals.jsonl.
 
     Raises:
-        SpecError: a site that the stream has not, a stream that ends too soon, or a `start` of
-            another shape.
+        SpecError: a site that the stream has not, a stream that ends too soon, a `start` of
+            another shape, or an evaluation that cannot be done.
         Conflict: `out` holds a run of other settings; the message names the difference.
         NonFiniteLoss: training diverged, or the data hold inf or NaN. The last checkpoint is intact.
         StoreError: the disk refused. The last checkpoint is intact.
@@ -105,13 +111,14 @@ def train(
 
     listed = [configs] if isinstance(configs, Architecture) else list(configs)
     starts = list(start) if isinstance(start, Sequence) else [start] * len(listed)
-    if workers is not None or spread is not None or started_by_torchrun():
+    of_ranks = workers is not None or spread is not None or bool(gpus_per_worker) or cpus_per_worker != 1
+    if of_ranks or started_by_torchrun():
         return train_by_ranks(
             stream,
             listed,
             training,
-            starts,
-            out,
+            start=starts,
+            out=out,
             resume=resume,
             log=log,
             storage_options=storage_options,
@@ -120,6 +127,7 @@ def train(
             spread=spread,
             gpus_per_worker=gpus_per_worker,
             cpus_per_worker=cpus_per_worker,
+            eval_every=eval_every,
         )
     trainer = Trainer(
         stream,
@@ -130,6 +138,7 @@ def train(
         log=log,
         storage_options=storage_options,
         device=device,
+        evals=EvalDuring.of(eval_every),
     )
     done = trainer.open(resume)
     if done is not None:
@@ -159,9 +168,16 @@ class Trainer:
         layout: Layout | None = None,
         tell: Told | None = None,
         asked: Callable[[], bool] | None = None,
+        evals: EvalDuring | None = None,
+        eval_by: EvalBy = BackgroundProcess,
+        returned: bool = True,
     ) -> None:
-        """`asked`: True once somebody asked this rank to stop; `tell` replaces the progress bar."""
+        """`asked`: True once somebody asked this rank to stop; `tell` replaces the progress bar.
+
+        `returned`: False leaves the SAEs in `out`; `open` and `run` then give empty lists.
+        """
         self.device, self.layout = checked_device(device), layout or Layout()
+        self._returned = returned and self.layout.rank == 0
         if not configs:
             raise ValueError(
                 "there is no SAE to train; give at least one config, e.g. sae.TopK(d_sae=1536, k=32)"
@@ -197,7 +213,13 @@ class Trainer:
         self.trackers = make_trackers(log, out) if first else []
         self._stop = Stop()
         self._tell = tell
-        schedule = CheckpointSchedule(training.checkpoint_every_rows, training.checkpoint_every_s)
+        self._evals, self._eval_by = evals, eval_by
+        self.monitor: Monitor | None = None
+        schedule = CheckpointSchedule(
+            training.checkpoint_every_rows,
+            training.checkpoint_every_s,
+            None if evals is None else evals.every_rows,
+        )
         self.keeper = Keeper(
             self.layout.group,
             self.directory,
@@ -206,16 +228,19 @@ class Trainer:
             self._state,
             asked or (lambda: self._stop.asked is not None),
             training.log_every,
+            lambda rows, step: self.monitor.completed(rows, step) if self.monitor else None,
         )
         self._pace = Pace()
 
     def open(self, resume: bool) -> list[SAE] | None:
-        """Take up what the directory holds: a finished run is returned, a checkpoint restored.
+        """Take up what the directory holds: a finished run is returned (on rank 0), a checkpoint restored.
 
         Raises:
             Conflict: it holds a run of other settings, or any run and `resume` is False.
+            SpecError: the run asks for evaluations that cannot be done.
         """
         if self.directory is None:
+            monitor_of(self._evals, self._eval_by, self.stream, None, ())
             return None
         found = self._opened(self.directory, resume)
         if isinstance(found, list):
@@ -231,40 +256,49 @@ class Trainer:
         group, found, error = self.layout.group, None, None
         if group.rank == 0:
             try:
-                found = directory.open(resume)
+                self.monitor = monitor_of(self._evals, self._eval_by, self.stream, directory, self.trackers)
+                found = directory.open(resume, load=self._returned)
             except ActcacheError as refused:
                 error = self.keeper.failure = refused
         if group.numbers(error is not None).any():
             self.keeper.raise_failure()
-        return found if group.rank == 0 else directory.open(resume, writer=False)
+        return found if group.rank == 0 else directory.open(resume, writer=False, load=False)
 
     def run(self) -> list[SAE]:
         """Train to the end, and save; the SAEs come back on rank 0."""
+        with contextlib.ExitStack() as ends:
+            if self.monitor is not None:
+                ends.callback(self.monitor.close)
+            if self.rows < self.training.n_rows:
+                self._train(ends)
+            return self._finish()
+
+    def _train(self, ends: contextlib.ExitStack) -> None:
+        """Train to the end; what must be closed after the last evaluation is left to `ends`."""
         label = f"training {len(self.names)} SAE{'s' if len(self.names) > 1 else ''}"
         self._pace.start(self.rows)
         self.keeper.start(self.rows)
-        if self.rows < self.training.n_rows:
-            for tracker in self.trackers:
-                tracker.start(self.description, self.step)
-            batches = iter(self.stream)
-            shown = self._tell is None and self.layout.rank == 0
-            total = self.training.n_rows
-            try:
-                with (
-                    self._stop,
-                    Progress(label, total=total, unit="rows", done=self.rows, show=shown) as progress,
-                ):
-                    self._loop(batches, progress)
-            except BaseException:
-                self.keeper.keep()
-                raise
-            finally:
-                close = getattr(batches, "close", None)  # ends the threads of a stream that reads ahead
-                if close is not None:
-                    close()
-                for tracker in self.trackers:
-                    tracker.close()
-        return self._finish()
+        for tracker in self.trackers:
+            tracker.start(self.description, self.step)
+            ends.callback(tracker.close)
+        if self.monitor is not None:
+            self.monitor.start(self.keeper.saved_rows, self.step)
+        batches = iter(self.stream)
+        shown = self._tell is None and self.layout.rank == 0
+        total = self.training.n_rows
+        try:
+            with (
+                self._stop,
+                Progress(label, total=total, unit="rows", done=self.rows, show=shown) as progress,
+            ):
+                self._loop(batches, progress)
+        except BaseException:
+            self.keeper.keep()
+            raise
+        finally:
+            close = getattr(batches, "close", None)  # ends the threads of a stream that reads ahead
+            if close is not None:
+                close()
 
     def _loop(self, batches: Iterator[Batch], progress: Progress) -> None:
         while self.rows < self.training.n_rows:
@@ -295,6 +329,8 @@ class Trainer:
 
     def _meet(self) -> None:
         stall = self._pace.meeting()
+        if self.monitor is not None:
+            self.monitor.look()
         if self.rows < self.training.n_rows:
             self.keeper.meet(self.rows, stall)
         elif self.layout.spread.dealt:
@@ -387,6 +423,8 @@ class Trainer:
         for tracker in self.trackers:
             tracker.log({name: numbers(line) for name, line in lines.items()}, self.step)
         figures = bar_figures(list(lines.values()), speed)
+        if self.monitor is not None:
+            figures |= self.monitor.shown
         if self._tell is not None:
             self._tell({"rows": self.rows, "shown": figures, **speed})
         return figures
@@ -400,10 +438,13 @@ class Trainer:
         own = self.keeper.together(lambda: self._save(list(self.learners)))
         if self.directory is None:
             return [s for _, s in sorted((self._stopped | own).items())]
-        if self.layout.rank:
+        if self.layout.rank == 0:
+            self.directory.finish()
+            if self.monitor is not None:
+                self.monitor.finish(self.rows, self.step)
+        if not self._returned:
             return []
-        loaded = self.directory.finish()
-        return [own.get(i, s) for i, s in enumerate(loaded)]
+        return [own[i] if i in own else self.directory.load(i) for i in range(len(self.names))]
 
     def _save(self, numbers: Sequence[int]) -> dict[int, SAE]:
         """Save those of these SAEs that this rank trains, as they are; returns the whole ones."""
@@ -415,14 +456,18 @@ class Trainer:
         return whole
 
     def _finished(self, i: int) -> SAE | None:
-        learner = self.learners[i]
-        cfg = sae_settings(learner, self.stream, self.inputs, self.training, self.rows, self.step)
+        cfg = self._cfg(i)
         if i in self.rungs.stopped:
             cfg["stopped_at_rung"] = self.rungs.stopped[i]
         return self.learners.finished(i, cfg)
 
+    def _cfg(self, i: int) -> dict[str, Any]:
+        """Settings of the i-th SAE, and how it came about so far."""
+        return sae_settings(self.learners[i], self.stream, self.inputs, self.training, self.rows, self.step)
+
     def _state(self) -> dict[str, Any]:
-        saes = self.learners.told({i: learner.state() for i, learner in self.learners.items()})
+        states = {i: learner.state() | {"cfg": self._cfg(i)} for i, learner in self.learners.items()}
+        saes = self.learners.told(states)
         saes |= {i: {"stopped_at_rung": rung} for i, rung in self.rungs.stopped.items()}
         return {
             "step": self.step,

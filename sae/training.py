@@ -116,10 +116,10 @@ class Training:
     """Steps between lines of metrics.jsonl."""
 
     checkpoint_every_rows: int | None = 1_000_000
-    """Rows between checkpoints, when the run has a directory. None: by time alone."""
+    """Rows between checkpoints, when the run has a directory; if it is None, time alone decides."""
 
     checkpoint_every_s: float | None = 600.0
-    """Seconds between checkpoints, where `checkpoint_every_rows` takes longer. None: by rows alone."""
+    """Seconds between checkpoints, where those rows take longer; if it is None, rows alone decide."""
 
     rungs: tuple[int, ...] = ()
     """Rows at which the worst of rivals stop (successive halving), e.g. 1_000_000 and 2_000_000; on the
@@ -196,10 +196,15 @@ class CheckpointSchedule:
     """When a checkpoint is due: so many rows or so many seconds after the one before, whichever is first.
 
     None for either leaves it out. In a distributed run the clock of one rank decides for all.
+
+    Args:
+        multiples_of: another is due after each multiple of this many rows; None for none.
     """
 
-    def __init__(self, every_rows: int | None, every_s: float | None) -> None:
-        self.every_rows, self.every_s = every_rows, every_s
+    def __init__(
+        self, every_rows: int | None, every_s: float | None, multiples_of: int | None = None
+    ) -> None:
+        self.every_rows, self.every_s, self.multiples_of = every_rows, every_s, multiples_of
         self._rows, self._begun_s = 0, 0.0
 
     def begin(self, rows: int, now_s: float) -> None:
@@ -208,8 +213,10 @@ class CheckpointSchedule:
 
     def due(self, rows: int, now_s: float) -> bool:
         """Whether a checkpoint should begin after `rows` rows, at `now_s` seconds of the clock of `begin`."""
-        return (self.every_rows is not None and rows - self._rows >= self.every_rows) or (
-            self.every_s is not None and now_s - self._begun_s >= self.every_s
+        return (
+            (self.every_rows is not None and rows - self._rows >= self.every_rows)
+            or (self.every_s is not None and now_s - self._begun_s >= self.every_s)
+            or (self.multiples_of is not None and rows // self.multiples_of > self._rows // self.multiples_of)
         )
 
 

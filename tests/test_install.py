@@ -44,7 +44,7 @@ assert importlib.util.find_spec("actcache") is None
 url, site, direct = sys.argv[1:]
 train = zarr.open_group(url, mode="r")["train"]
 g = train[site]
-acts = g["codes"][:] * g["scale"][:][:, None] + g["offset"][:]
+acts = g["codes"][:] * g["scale"][:][:, None] * g["channel"][:] + g["offset"][:]
 expected = np.load(direct)[train["sequence"][:], train["position"][:]]
 print(len(acts), ((acts - expected) ** 2).sum() / ((expected - expected.mean(0)) ** 2).sum())
 """

@@ -207,7 +207,7 @@ def test_plain_zarr_reads_from_s3(s3, tmp_path):
 
     remote = actcache.harvest(tiny_spec(tmp_path), "s3://bucket/plain", storage_options=s3, progress=False)
     group = zarr.open_group(remote.url, mode="r", storage_options=s3)["train"][SITES[0]]
-    acts = group["codes"][:] * group["scale"][:][:, None] + group["offset"][:]
+    acts = group["codes"][:] * group["scale"][:][:, None] * group["channel"][:] + group["offset"][:]
     assert np.array_equal(acts, remote.read(SITES[0], slice(None)))
 
 

@@ -46,6 +46,7 @@ def evaluate_many(
     workers: int = 0,
     gpus_per_worker: float = 0,
     reuse: bool = True,
+    progress: bool = True,
 ) -> list[dict[str, Any]]:
     """The metrics of several SAEs, each as plain JSON, in the order given.
 
@@ -70,6 +71,7 @@ def evaluate_many(
         workers: Ray actors; 0 computes in this process.
         gpus_per_worker: of each actor.
         reuse: return the stored result where SAE, dataset, version and all settings are the same.
+        progress: show how far it is.
 
     Raises:
         SpecError: an SAE's site is not in `ds`, the split is empty, the LM is not the harvested one, or its
@@ -111,7 +113,7 @@ def evaluate_many(
             tokenizer=tokenizer,
             references=_references(ds, [saes[i].cfg["site"] for i in todo]),
         )
-        fresh = _evaluate(job, n_sequences, target_error, workers, gpus_per_worker)
+        fresh = _evaluate(job, n_sequences, target_error, workers, gpus_per_worker, progress)
         for i, (figures, columns) in zip(todo, fresh, strict=True):
             results[i] = {**keys[i], **figures}
             _store(saes[i], keys[i], results[i], columns)
@@ -244,7 +246,12 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def _evaluate(
-    job: EvalJob, n_sequences: int, target_error: float | None, workers: int, gpus_per_worker: float
+    job: EvalJob,
+    n_sequences: int,
+    target_error: float | None,
+    workers: int,
+    gpus_per_worker: float,
+    progress: bool,
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Figures and columns of each SAE in evaluation mode; training mode is restored afterwards."""
     was_training = [s.training for s in job.saes]
@@ -252,8 +259,8 @@ def _evaluate(
         s.eval()
     try:
         with open_pool(job, workers, gpus_per_worker) as pool:
-            sums = _row_sums(pool, job)
-            from_lm = _lm_figures(pool, job, n_sequences, target_error)
+            sums = _row_sums(pool, job, progress)
+            from_lm = _lm_figures(pool, job, n_sequences, target_error, progress)
             weights = list(pool.run([("weights", (i,)) for i in range(len(job.saes))]))
     finally:
         for s, mode in zip(job.saes, was_training, strict=True):
@@ -296,10 +303,10 @@ def _name(s: Any) -> str:
     return str(s.path) if getattr(s, "path", None) else f"the {s.cfg['architecture']} SAE of {s.cfg['site']}"
 
 
-def _row_sums(pool: LocalPool | RayPool, job: EvalJob) -> RowSums:
+def _row_sums(pool: LocalPool | RayPool, job: EvalJob, show: bool) -> RowSums:
     n_parts = EvalWorker(job).n_parts
     total = empty_sums(job.saes, int(job.ds.spec.context_size))  # of our own: what Ray hands out is read-only
-    with Progress("evaluating rows", total=job.n_rows, unit="rows") as progress:
+    with Progress("evaluating rows", total=job.n_rows, unit="rows", show=show) as progress:
         for sums in pool.run([("rows", (i,)) for i in range(n_parts)]):
             progress.advance(sums.saes[0].recon.n_rows)
             total.merge(sums)
@@ -307,7 +314,7 @@ def _row_sums(pool: LocalPool | RayPool, job: EvalJob) -> RowSums:
 
 
 def _lm_figures(
-    pool: LocalPool | RayPool, job: EvalJob, n_sequences: int, target_error: float | None
+    pool: LocalPool | RayPool, job: EvalJob, n_sequences: int, target_error: float | None, show: bool
 ) -> list[dict[str, Any]]:
     if job.model is None:
         return [{} for _ in job.saes]
@@ -315,11 +322,11 @@ def _lm_figures(
     available = _joinable(job.ds.split(job.split).n_sequences, job.join)
     if target_error is not None:
         pilot = _joinable(min(max(_PILOT_SEQUENCES, job.join), available), job.join)
-        _add_losses(pool, losses, 0, pilot, job.join)
+        _add_losses(pool, losses, 0, pilot, job.join, show)
         n_sequences = _sequences_for(job, losses, pilot, target_error, available)
-        _add_losses(pool, losses, pilot, n_sequences, job.join)
+        _add_losses(pool, losses, pilot, n_sequences, job.join, show)
     else:
-        _add_losses(pool, losses, 0, n_sequences, job.join)
+        _add_losses(pool, losses, 0, n_sequences, job.join, show)
     figures = []
     for i, s in enumerate(job.saes):
         clean, zero, mean = (
@@ -341,12 +348,18 @@ def _lm_figures(
 
 
 def _add_losses(
-    pool: LocalPool | RayPool, losses: dict[str, lm_pass.Losses], start: int, stop: int, join: int
+    pool: LocalPool | RayPool,
+    losses: dict[str, lm_pass.Losses],
+    start: int,
+    stop: int,
+    join: int,
+    show: bool,
 ) -> None:
     """Add the losses of sequences [start, stop)."""
     spans = list(_spans(start, stop, lm_pass.PART_SEQUENCES * join))
     calls: list[Call] = [("losses", span) for span in spans]
-    with Progress("evaluating the language model", total=stop - start, unit="sequences") as progress:
+    label = "evaluating the language model"
+    with Progress(label, total=stop - start, unit="sequences", show=show) as progress:
         for span, found in zip(spans, pool.run(calls), strict=True):
             for name, sums in found.items():
                 losses.setdefault(name, lm_pass.Losses()).merge(sums)

@@ -5,7 +5,7 @@ import pytest
 
 WORST = (
     "huge channel", "huge row", "huge row in the calibration", "constant channel", "constant site",
-    "constant, then not", "zeros", "denormals", "denormal channel", "small", "large", "all sizes", "two values",
+    "constant, then not", "loud channels", "zeros", "denormals", "denormal channel", "small", "large", "all sizes", "two values",
     "one row",
 )  # fmt: skip
 
@@ -34,6 +34,9 @@ def worst_case(name, n=3000, d=24):
         acts[:] = 3.7
     elif name == "constant, then not":
         acts[: n // 2] = 3.7
+    elif name == "loud channels":
+        acts[:, [3, 9]] *= [[40, -500]]
+        acts[::50] *= 20
     elif name == "zeros":
         acts[:] = 0
     elif name == "denormals":
@@ -71,5 +74,7 @@ def assert_is_the_reference(found, acts, stored, calibration):
     # the difference of two float32 numbers is rounded to 2^-24 of itself
     assert found.sse == pytest.approx((error**2).sum(), rel=1e-6)
     assert found.core_sse == pytest.approx((error[core] ** 2).sum(), rel=1e-6)
+    by_channel = (error[core] ** 2).sum(axis=0)
+    assert found.core_sse_D == pytest.approx(by_channel, rel=1e-6, abs=1e-6 * by_channel.max(initial=0))
     assert found.max_abs == np.abs(stored).max()
     assert found.max_error == pytest.approx(np.abs(error).max(), rel=1e-6)

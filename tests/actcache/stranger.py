@@ -63,7 +63,7 @@ def newest_manifest(directory):
     """Manifest, or that of a token store."""
     manifest = json.loads(max((directory / "_manifest").iterdir()).read_text())
     stated = manifest.pop("digest")
-    assert manifest["format"] == (2 if "segments" in manifest else 1)
+    assert manifest["format"] == (3 if "segments" in manifest else 2)
     assert stated == digest(manifest)
     assert manifest["id"] == digest(manifest["identity"])
     return manifest
@@ -71,9 +71,11 @@ def newest_manifest(directory):
 
 # Precision: the recorded line, typed by hand (nothing that is stored is executed)
 DECODE = {
-    "codes * scale[:, None] + offset": lambda codes, scale, offset, _: codes * scale[:, None] + offset,
+    "codes * scale[:, None] * channel + offset": (
+        lambda codes, scale, channel, offset, _: codes * scale[:, None] * channel + offset
+    ),
     "(((codes >> 1).astype('<i2') ^ -(codes & 1).astype('<i2')) * scale[:, None]) @ rotation + offset": (
-        lambda codes, scale, offset, rotation: (
+        lambda codes, scale, _, offset, rotation: (
             (((codes >> 1).astype("<i2") ^ -(codes & 1).astype("<i2")) * scale[:, None]) @ rotation + offset
         )
     ),
@@ -86,7 +88,7 @@ DECODE = {
 def read_all(directory, split, site):
     """Every row of a site, by plain zarr and the recorded line."""
     group = zarr.open_group(str(directory), mode="r")[f"{split}/{site}"]
-    rest = [group[name][:] if name in group else None for name in ("scale", "offset", "rotation")]
+    rest = [group[name][:] if name in group else None for name in ("scale", "channel", "offset", "rotation")]
     return DECODE[group.attrs["actcache"]["decode"]](group["codes"][:], *rest)
 
 

@@ -24,7 +24,7 @@ LOSSES = {"ce_clean": 3.0, "ce_stored": 3.001, "ce_change": 0.001, "n_tokens": 1
 def identity(block_rows: int = 131_072, chunk_rows: int = 4096, context_size: int = 256) -> dict[str, Any]:
     """Of a dataset with R = `block_rows`, C = `chunk_rows`, T = `context_size`; the rest is empty."""
     return {
-        "format": 1,
+        "format": 2,
         "model": {"id": "synthetic", "revision": "none", "lm_dtype": "float32"},
         "precision": "fvu:0.001",
         "block_rows": block_rows,

@@ -8,8 +8,9 @@ from codec_cases import WORST, rows_of, worst_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actcache.codec import Precision, calibrate, decode, encode, quantise, quantise_rotated
+from actcache.codec import Precision, calibrate, decode, encode
 from actcache.errors import NonFiniteActivation, SpecError
+from actcache.quantise import quantise, quantise_rotated
 from actcache.shard import encode_chunk
 from actcache.statistics import Statistics
 
@@ -17,16 +18,10 @@ FVU = Precision.parse("fvu:1e-3")
 ROTATED = ("rotated:1e-2", "rotated:1e-3", "rotated:1e-5")
 
 
-def decoding(calibration, precision):
-    """What `decode` takes after codes and scale."""
-    precision = Precision.parse(precision) if isinstance(precision, str) else precision
-    return calibration.offset_D, precision, calibration.rotation_DD
-
-
 def stored_of(acts, calibration, precision):
     codes, scale = encode(acts, calibration, precision)
     assert codes.dtype == precision.dtype
-    return decode(codes, scale, *decoding(calibration, precision)), scale
+    return decode(codes, scale, calibration, precision), scale
 
 
 def assert_within_the_stated_bound(acts, stored, scale, calibration, precision):
@@ -42,7 +37,8 @@ def assert_within_the_stated_bound(acts, stored, scale, calibration, precision):
         )
         assert (np.linalg.norm(error, axis=1) <= bound).all()
     elif precision.quantised:
-        assert (error <= (0.5 + 2.0**-14) * scale[:, None].astype(np.float64) + 2.0**-23 * size).all()
+        unit = scale[:, None].astype(np.float64) * calibration.channel_D
+        assert (error <= (0.5 + 2.0**-14) * unit + 2.0**-23 * size).all()
     elif precision.kind == "bf16":
         assert (error <= np.maximum(2.0**-8 * size, 2.0**-134)).all()
     elif precision.kind == "fp16":
@@ -136,12 +132,12 @@ def test_rotated_codes_are_zigzag_and_never_the_fill_value():
     )
     calibration = replace(calibration, rotation_DD=np.eye(2, dtype=np.float32))
     acts = np.array([[0, -1], [1, -2], [32767, -32767], [32767.6, -32768], [1e5, -1e9]], np.float32)
-    codes, scale = quantise_rotated(acts, calibration)
+    codes, scale = quantise_rotated(acts, calibration.offset_D, 1.0, calibration.rotation_DD)
     assert codes[:3].tolist() == [[0, 1], [2, 3], [65534, 65533]]
     assert scale.tolist() == [1, 1, 1, 2, 32768]
     assert codes.max() < 65535
     hole = decode(
-        np.full((1, 2), 65535, "<u2"), np.full(1, np.nan, "<f4"), *decoding(calibration, "rotated:1e-3")
+        np.full((1, 2), 65535, "<u2"), np.full(1, np.nan, "<f4"), calibration, Precision.parse("rotated:1e-3")
     )
     assert np.isnan(hole).all()
 
@@ -207,6 +203,70 @@ def test_rows_whose_decoded_values_could_overflow_are_refused_by_row_and_channel
         encode(acts, calibration, precision)
     with pytest.raises(NonFiniteActivation, match=r"row 17 .*channel 3"):
         calibrate(acts, precision)
+
+
+def entropy(codes):
+    share = np.bincount(codes.astype(int).ravel() + 128) / codes.size
+    share = share[share > 0]
+    return -(share * np.log2(share)).sum()
+
+
+def loud_rows(n, d, n_loud, times, seed=0):
+    """Normal rows with some channels that many times as loud as the others, as in residual streams."""
+    acts = np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
+    acts[:, 5 : 5 + n_loud] *= times
+    return acts
+
+
+@pytest.mark.parametrize("times", [10, 30, 100])
+@pytest.mark.parametrize("n_loud", [1, 3, 20])
+def test_loud_channels_keep_the_noise_at_the_usual_bits_with_no_row_rescaled(n_loud, times):
+    acts = loud_rows(6000, 768, n_loud, times)
+    calibration = calibrate(acts[:3000], FVU)
+    codes, scale = encode(acts, calibration, FVU)
+    stored = decode(codes, scale, calibration, FVU)
+    summary = Statistics.of(acts, stored, scale, calibration).summary()
+    assert summary["fvu_core"] <= 1e-3
+    assert entropy(codes) < 5.3
+    assert summary["rows_rescaled"] <= 0.02 * len(acts)
+    assert (calibration.channel_D[5 : 5 + n_loud] > 1).all() or n_loud * times**2 > 768 * 100
+    assert set(np.delete(calibration.channel_D, range(5, 5 + n_loud))) == {1}
+    assert_within_the_stated_bound(acts, stored, scale, calibration, FVU)
+
+
+def test_loud_channels_whose_rows_are_heavy_tailed_are_not_refused():
+    """Some tokens reach far out in a few channels, as massive activations do."""
+    rng = np.random.default_rng(0)
+    acts = rng.normal(size=(8000, 512)).astype(np.float32)
+    acts[:, :4] = 8 * rng.standard_t(3, size=(8000, 4))
+    calibration = calibrate(acts[:4000], FVU)
+    stored, scale = stored_of(acts, calibration, FVU)
+    summary = Statistics.of(acts, stored, scale, calibration).summary()
+    assert summary["fvu_core"] <= 1.1e-3
+    assert summary["rows_rescaled"] < 0.02 * len(acts)
+    assert_within_the_stated_bound(acts, stored, scale, calibration, FVU)
+
+
+def test_the_fvu_of_the_median_channel_shows_what_the_total_hides():
+    acts = loud_rows(6000, 256, 3, 100)
+    calibration = calibrate(acts, FVU)
+    stored, scale = stored_of(acts, calibration, FVU)
+    summary = Statistics.of(acts, stored, scale, calibration).summary()
+    by_hand = ((stored - acts) ** 2).sum(0) / ((stored - stored.mean(0)) ** 2).sum(0)
+    assert summary["fvu_core"] <= 1e-3
+    assert summary["fvu_median_channel"] == pytest.approx(np.median(by_hand), rel=1e-2)
+    assert summary["fvu_median_channel"] > 50e-3
+
+
+def test_the_recorded_line_gives_the_bits_of_decode_with_loud_channels_and_rows():
+    acts = loud_rows(2000, 48, 2, 50)
+    calibration = calibrate(acts, FVU)
+    acts[::7] *= 60
+    codes, scale = encode(acts, calibration, FVU)
+    assert len(set(calibration.channel_D)) > 1
+    assert len(set(scale)) > 1
+    names = {"codes": codes, "scale": scale, "channel": calibration.channel_D, "offset": calibration.offset_D}
+    assert np.array_equal(eval(FVU.decode_line, names), decode(codes, scale, calibration, FVU))
 
 
 def test_rows_that_int8_cannot_hold_are_refused_rather_than_stored_worse_than_stated():

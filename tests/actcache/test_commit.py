@@ -96,7 +96,7 @@ def check_block(store, kernels, last):
         harvester = kernels[0].harvester_on(store, kernels[0].resolved)
         calibration, precision = harvester.calibration(site), harvester.precision
         codes_ND, scale_N = stored_block(store, kernels[0], site)
-        stored_ND = decode(codes_ND, scale_N, calibration.offset_D, precision)
+        stored_ND = decode(codes_ND, scale_N, calibration, precision)
         for kernel in kernels:
             acts_ND = rows_of(kernel, site)
             # scale / 2, and what the two kernels and float32 differ by
@@ -312,7 +312,8 @@ def test_every_changed_bit_of_a_record_is_seen(recorded, calibrated):
         lambda r: r["statistics"][SITES[0]].update(mean_D=7),
         lambda r: r.pop("statistics"),
         lambda r: r.update(block=1),
-        lambda r: r.update(format=2),
+        lambda r: r.update(format=1),
+        lambda r: r.update(format=3),
     ],
 )
 def test_a_record_of_wrong_types_or_another_key_is_refused_by_name(recorded, calibrated, change):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from corpora import write_as
 from tiny_harvest import tiny_spec, write_corpus
-from tiny_models import tiny_tokenizer
+from tiny_models import save_tiny_lm, tiny_tokenizer
 
 import actcache
 from actcache import corpus as corpus_module
@@ -415,3 +415,39 @@ def test_ray_tasks_make_the_same_store_and_their_errors_are_ours(spec, tmp_path,
 
     with pytest.raises(CorpusError, match="no 1"):
         list(ray_map(refuse, iter([1, 2, 3])))
+
+
+def model_with_one_token_too_many(directory):
+    """A llama that embeds 96 tokens, with a tokenizer of 97: as Gemma 3, whose tokenizer has one for images."""
+    save_tiny_lm(directory, "llama", vocab_size=96)
+    tokenizer = load_tokenizer(str(directory))
+    tokenizer.add_tokens("<image>")
+    assert len(tokenizer) == 97
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def test_a_token_that_the_model_does_not_embed_refuses_its_document_and_not_the_model(tmp_path, caplog):
+    model = model_with_one_token_too_many(tmp_path / "tiny-llama")
+    write_corpus(tmp_path / "corpus")
+    bad = tmp_path / "corpus" / "0007.txt"
+    bad.write_text(bad.read_text() + " <image>")
+    spec = tiny_spec(tmp_path, family="llama", model=model, n_tokens=1000)
+    made = actcache.plan(spec)
+    dataset = actcache.harvest(spec, str(tmp_path / "root"), progress=False)
+    tokens = dataset._shared.tokens
+    assert tokens.identity["vocab_size"] == 96
+    assert tokens.manifest["skipped"] == {"token ids outside of the vocabulary": 1}
+    assert "0007.txt" in caplog.text
+    assert made.extent["train"].blocks == dataset.manifest.sites[dataset.sites[0]].n_blocks["train"]
+
+
+def test_a_bos_or_eos_that_the_model_does_not_embed_is_refused(tmp_path):
+    model = model_with_one_token_too_many(tmp_path / "tiny-llama")
+    tokenizer = load_tokenizer(model)
+    tokenizer.eos_token = "<image>"
+    tokenizer.save_pretrained(model)
+    with pytest.raises(
+        SpecError, match="EOS is token 96, and the model embeds 96 of the tokenizer's 97 tokens"
+    ):
+        actcache.plan(tiny_spec(tmp_path, family="llama", model=model))

@@ -56,7 +56,7 @@ def fetched(encoding, precision):
 
 
 def decoded(codes, scale, calibration, precision):
-    return decode(codes, scale, calibration.offset_D, precision, calibration.rotation_DD)
+    return decode(codes, scale, calibration, precision)
 
 
 def assert_is_numpys(codes, scale, acts, calibration, precision, given_N=None):
@@ -105,6 +105,8 @@ def assert_is_the_reference_of(found, acts, stored, scale, calibration):
         noise *= acts.size if name.endswith("sse") else name == "max_error"
         assert getattr(found, name) == pytest.approx(getattr(theirs, name), rel=1e-6, abs=noise)
     size = np.abs(stored.astype(np.float64)).max(axis=0)
+    noise = 2.0**-23 * theirs.max_abs * theirs.max_error * len(acts)
+    assert found.core_sse_D == pytest.approx(theirs.core_sse_D, rel=1e-6, abs=noise)
     for mean, m2 in (("mean_D", "m2_D"), ("core_mean_D", "core_m2_D")):
         assert (np.abs(getattr(found, mean) - getattr(theirs, mean)) <= 2e-6 * size).all()
         noise = len(acts) * (size * 2.0**-22) ** 2

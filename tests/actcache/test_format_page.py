@@ -121,8 +121,8 @@ def key_patterns(title, header):
 def test_every_key_of_a_dataset_and_its_tokens_is_in_the_layout_and_no_other(directory, rotated, precision):
     if precision == "rotated":
         directory = Path(rotated.url)
-    elsewhere = [row[0].strip("`") for row in tables("Layout")["key"][1:] if "`rotated` only" in row[1]]
-    elsewhere = [key for key in elsewhere if "rotat" in key and precision != "rotated"]
+    only = {row[0].strip("`"): re.findall(r"`(fvu|rotated)`", row[1]) for row in tables("Layout")["key"][1:]}
+    elsewhere = [key for key, kinds in only.items() if kinds and precision not in kinds]
     (tokens,) = (directory.parent / "tokens").iterdir()
     for root, patterns in (
         (directory, key_patterns("Layout", "key")),
@@ -156,7 +156,8 @@ def arrays_match_the_page(dataset):
             for site in dataset.sites if "<site>" in name else [""]:
                 path = directory / split / name.strip("`").replace("<site>", site)
                 quantised = ("scale", "offset") if kind not in ("fvu", "rotated") else ()
-                if path.name in (*quantised, "rotation" if kind != "rotated" else ""):
+                others = {"rotated": "rotation", "fvu": "channel"}
+                if path.name in quantised or path.name in {v for k, v in others.items() if k != kind}:
                     assert not path.exists()
                     continue
                 d = manifest["sites"][site]["d_in"] if site else 0
@@ -183,7 +184,7 @@ def arrays_match_the_page(dataset):
 
 
 def test_arrays_are_as_the_tables_of_the_page_say(tiny):
-    assert arrays_match_the_page(tiny[0]) == 3 * (8 + 2 * 3)
+    assert arrays_match_the_page(tiny[0]) == 3 * (8 + 2 * 4)
 
 
 def test_arrays_of_lossless_precisions_are_as_the_tables_of_the_page_say(lossless):
@@ -197,7 +198,7 @@ def test_arrays_of_rotated_rows_are_as_the_tables_of_the_page_say(rotated):
 def test_the_attributes_are_those_of_the_page(directory):
     root = zarr.open_group(str(directory), mode="r")
     manifest = newest_manifest(directory)
-    assert root.attrs["actcache"] == {"format": 1, "id": manifest["id"], "identity": manifest["identity"]}
+    assert root.attrs["actcache"] == {"format": 2, "id": manifest["id"], "identity": manifest["identity"]}
     site = root[f"train/{next(iter(manifest['sites']))}"].attrs["actcache"]
     assert set(site) == {"site", "precision", "decode"}
     assert site["decode"] in section("Precision")

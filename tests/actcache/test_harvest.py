@@ -95,9 +95,11 @@ def test_plain_zarr_and_one_line_of_arithmetic_give_the_rows(tiny):
     for split in dataset.splits:
         group = zarr.open_group(dataset.url, mode="r")[split]
         for site in SITES:
-            codes, scale, offset = (group[site][name][:] for name in ("codes", "scale", "offset"))
-            assert group[site].attrs["actcache"]["decode"] == "codes * scale[:, None] + offset"
-            acts = codes * scale[:, None] + offset
+            codes, scale, channel, offset = (
+                group[site][name][:] for name in ("codes", "scale", "channel", "offset")
+            )
+            assert group[site].attrs["actcache"]["decode"] == "codes * scale[:, None] * channel + offset"
+            acts = codes * scale[:, None] * channel + offset
             assert np.array_equal(acts, dataset.split(split).read(site, slice(None)))
         for name in ARRAYS[:3]:
             assert np.array_equal(group[name][:], getattr(dataset.split(split).rows(slice(None)), name))

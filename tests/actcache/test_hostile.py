@@ -174,7 +174,7 @@ LIES = [
     (("version",), 2),
     (("version",), True),
     (("version",), 10**30),
-    (("format",), 3),
+    (("format",), 4),
     (("format",), True),
     (("format",), "1"),
     (("format",), 10**12),
@@ -525,6 +525,9 @@ def test_a_hostile_chunk_is_refused_within_its_size(payload):
         {"offset": "AAAAAAAA" * 1000},
         {"offset": 7},
         {"median": None},
+        {"channel": None},
+        {"channel": "AACAPw=="},
+        {"channel": 7},
         {"format": 9},
     ],
 )

@@ -115,11 +115,11 @@ group = zarr.open_group(ds.url, mode="r")["train"]
 part = group[site]
 lazily = xr.Dataset(
     {"codes": (("row", "channel"), part["codes"]), "scale": ("row", part["scale"][:]),
-     "offset": ("channel", part["offset"][:])},
+     "multiple": ("channel", part["channel"][:]), "offset": ("channel", part["offset"][:])},
     coords={"token_id": ("row", group["token_id"][:]), "position": ("row", group["position"][:])},
 )
 some = lazily.where(lazily.position == 3, drop=True)
-decoded = (some.codes * some.scale + some.offset).transpose("row", "channel")
+decoded = (some.codes * some.scale * some.multiple + some.offset).transpose("row", "channel")
 assert np.allclose(decoded, acts[rows.position == 3], atol=1e-5)
 
 import ray, ray.data

@@ -78,7 +78,7 @@ def check_what_is_visible(url, whole):
         split, *array = path.parent.relative_to(url).parts
         manifest = read_manifest(store)
         limit = manifest.splits[split]["n_rows"]
-        if len(array) == 2 and array[1] != "offset":
+        if len(array) == 2 and array[1] not in ("offset", "channel"):
             limit = min(limit, manifest.sites[array[0]].n_blocks[split] * 1024)
         values = zarr.open_array(str(path.parent), mode="r")
         if array[-1] in (*ARRAYS, "codes", "scale"):
@@ -90,7 +90,9 @@ def check_what_is_visible(url, whole):
         for split, group in zarr.open_group(url, mode="r").groups():
             for site in (s for s in SITES if split in whole and s in group):
                 node = group[site]
-                acts_ND = node["codes"][:] * node["scale"][:][:, None] + node["offset"][:]
+                acts_ND = (
+                    node["codes"][:] * node["scale"][:][:, None] * node["channel"][:] + node["offset"][:]
+                )
                 assert np.array_equal(acts_ND, whole[split][site][: len(acts_ND)])
 
 

@@ -51,7 +51,7 @@ def test_decoding_on_a_device_gives_the_bits_of_numpy(precision):
         torch.from_numpy(zero_D),
         parsed,
     )
-    assert np.array_equal(on_device.numpy(), decode(codes_ND, scale_N, zero_D, parsed))
+    assert np.array_equal(on_device.numpy(), decode(codes_ND, scale_N, calibration, parsed))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -98,6 +98,21 @@ def test_a_plan_with_the_token_store_counts_what_the_harvest_then_does(tmp_path,
     assert made.name == ds.url.split("/")[-1]
 
 
+def test_a_plan_says_what_a_worker_needs_and_when_a_block_is_more_than_its_buffer(tmp_path):
+    spec = tiny_spec(tmp_path)
+    needs = actcache.plan(spec).needs
+    assert needs.lm_batch == 32
+    assert needs.block_bytes == 2 * 32 * (1024 + 3 * 4 * 32 * 16)
+    assert needs.under_way_bytes == 4 * 2**30
+    assert needs.calibration_bytes == 2 * 65_536 * 32 * 4
+    model = AutoModelForCausalLM.from_pretrained(spec.model)
+    assert needs.lm_bytes == sum(p.nbytes for p in model.parameters())
+    tight = actcache.plan(spec, buffer_bytes=2**16)
+    assert tight.needs.under_way_bytes == tight.needs.block_bytes > 2**16
+    assert any("lower --block-rows" in note for note in tight.notes)
+    assert any(f"{tight.needs.lm_batch} sequences in place of 32" in note for note in tight.notes)
+
+
 def test_a_plan_of_an_empty_root_counts_the_objects_of_the_token_store_too(tmp_path, counted):
     spec, root, other = tiny_spec(tmp_path), tmp_path / "root", tmp_path / "other"
     store = built(spec, other)

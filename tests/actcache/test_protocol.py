@@ -66,7 +66,7 @@ def reference(recorded):
             acts_STD = np.stack([recorded.acts[row.tobytes()][site] for row in input_ids_ST])
             acts_ND = acts_STD[out[split]["sequence"], out[split]["position"]]
             codes_ND, scale_N = encode(acts_ND, calibrations[site], precision)
-            out[split][site] = decode(codes_ND, scale_N, calibrations[site].offset_D, precision)
+            out[split][site] = decode(codes_ND, scale_N, calibrations[site], precision)
     return out
 
 
@@ -223,8 +223,9 @@ class Protocol(RuleBasedStateMachine):
                 "input_ids": size["n_sequences"],
                 "length": size["n_sequences"],
                 "offset": 32,
+                "channel": 32,
             }.get(array[-1], size["n_rows"])
-            if len(array) == 2 and array[1] != "offset":
+            if len(array) == 2 and array[1] not in ("offset", "channel"):
                 limit = min(limit, ROWS * sites[array[0]].n_blocks[split])
             assert metadata["shape"][0] <= limit
 

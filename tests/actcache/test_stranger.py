@@ -300,11 +300,16 @@ def test_core_rows_keep_the_stated_noise_by_the_formulas_of_the_page(directory):
         assert hashlib.sha256(data).hexdigest() == extent["calibration_sha256"]
         calibration = json.loads(data)
         widest = math.sqrt(12 * 0.95 * fvu * calibration["core_variance"] / extent["d_in"])
-        shares = re.search(r"w times ([\d., ]+)", " ".join(section("Calibration").split()))[1].split(", ")
+        shares = re.search(r"w times ([\d., ]+)\.", " ".join(section("Calibration").split()))[1].split(", ")
+        channel_D = np.frombuffer(base64.b64decode(calibration["channel"]), "<f4")
+        power_D = np.log2(channel_D)
+        assert ((power_D >= 0) & (power_D == np.round(power_D))).all()
+        widest /= math.sqrt(np.mean(np.square(channel_D, dtype=np.float64)))
         assert calibration["step"] in [float(np.float32(widest * float(share))) for share in shares]
         offset_D = np.frombuffer(base64.b64decode(calibration["offset"]), "<f4")
         group = zarr.open_group(str(directory), mode="r")[f"train/{site}"]
         assert np.array_equal(group["offset"][:], offset_D)
+        assert np.array_equal(group["channel"][:], channel_D)
         power = np.log2(group["scale"][:] / calibration["step"])
         assert ((power >= 0) & (power == np.round(power))).all()
         assert np.abs(group["codes"][:].astype(int)).max() <= 127

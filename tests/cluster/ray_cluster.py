@@ -106,15 +106,17 @@ class RayCluster:
 
     def wait_for_nodes(self, n, timeout_s=120):
         """Until so many nodes have joined, the head among them; not with a token."""
-        url = f"{self.environment['RAY_API_SERVER_ADDRESS']}/nodes?view=summary"
         deadline = time.monotonic() + timeout_s
-        while True:
-            with urllib.request.urlopen(url, timeout=30) as answer:
-                found = json.load(answer)["data"]["summary"]
-            if sum(node["raylet"].get("state") == "ALIVE" for node in found) == n:
-                return
+        while len(found := self.node_ids()) != n:
             assert time.monotonic() < deadline, found
             time.sleep(0.2)
+
+    def node_ids(self):
+        """By address, of the nodes that are alive; not with a token."""
+        url = f"{self.environment['RAY_API_SERVER_ADDRESS']}/nodes?view=summary"
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            nodes = [node["raylet"] for node in json.load(answer)["data"]["summary"]]
+        return {n["nodeManagerAddress"]: n["nodeId"] for n in nodes if n.get("state") == "ALIVE"}
 
     def _start(self, name, options, num_cpus, environment=None):
         directory = Path(self.directory, f"{name}-{time.monotonic_ns() % 10**6}")

@@ -25,7 +25,9 @@ import fsspec
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "actcache"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
 
+from ray_cluster import RayCluster
 from ray_processes import ancestors
 from tiny_harvest import SITES, tiny_spec
 
@@ -43,7 +45,7 @@ from actcache.errors import (
     WorkerLost,
 )
 from sae import ray_train
-from sae.distributed import Job, Workers, directory_of, finished, run_rank
+from sae.distributed import Job, Workers, check_finished, directory_of, run_rank
 from sae.ray_ranks import Launch, last_line, portable
 
 SITE = SITES[0]
@@ -148,7 +150,8 @@ def test_workers_read_as_a_person_asks_for_them():
         ({"spread": "rows=2,latents=1", "workers": (2, 4)}, "is of 2 workers, and there are 3"),
         ({"spread": "saes", "workers": "2..9"}, "4 SAEs can not be dealt to 5 workers"),
         ({"device": "cuda"}, "device is cuda, of one process; .* gpus_per_worker=1"),
-        ({"workers": None, "spread": "latents"}, "spread is 'latents', and one process trains alone"),
+        ({"workers": None, "spread": "latents"}, "are for several processes, and one trains alone"),
+        ({"workers": None, "gpus_per_worker": 1}, "are for several processes, and one trains alone"),
         ({"workers": "many"}, "workers is 'many'"),
     ],
 )
@@ -203,10 +206,9 @@ def test_a_rank_that_does_not_see_the_run_refuses(ds, tmp_path):
 
 
 def test_a_driver_that_does_not_see_the_result_says_so(ds, tmp_path):
-    directory = directory_of(job(ds, tmp_path / "run"))
-    directory.open(resume=True)
+    directory_of(job(ds, tmp_path / "run")).open(resume=True)
     with pytest.raises(StoreError, match="the workers have finished, but .*run is not finished as seen from"):
-        finished(job(ds, tmp_path / "run"), directory)
+        check_finished(job(ds, tmp_path / "run"))
 
 
 def test_errors_reach_the_driver_as_they_are_or_by_their_message():
@@ -304,6 +306,12 @@ def checkpoint(out):
     return any(Path(out).glob("checkpoints/*/done.json"))
 
 
+def await_checkpoint(out, process):
+    """Until the run of a process has one."""
+    await_(lambda: checkpoint(out) or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
+
+
 def workers_of(pid):
     """Process ids of the ranks that a Ray under `pid` runs, ascending."""
     found = []
@@ -343,8 +351,9 @@ def by_command(ds):
     return one_site, configs, LONG
 
 
-def started(*arguments):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
+def started(*arguments, environment=None):
+    if environment is None:
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     return subprocess.Popen(
         [sys.executable, *arguments],
         stdout=subprocess.PIPE,
@@ -443,7 +452,7 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_in_one_line(ds, tmp_path, ray_
 def test_the_command_says_one_line_and_prints_only_its_result(ds, tmp_path):
     """A Ray of its own, a rank that is killed, then a loss that is not finite."""
     process = started(*command(ds, tmp_path / "run", "--workers", "2", "--json"))
-    await_(lambda: checkpoint(tmp_path / "run"))
+    await_checkpoint(tmp_path / "run", process)
     os.kill(workers_of(process.pid)[-1], signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=400)
     assert process.returncode == 0, stderr
@@ -457,7 +466,9 @@ def test_the_command_says_one_line_and_prints_only_its_result(ds, tmp_path):
     process = started(*command(ds, tmp_path / "bad", "--workers", "2", "--sae", "topk:d_sae=64,k=9,lr=1e30"))
     stdout, stderr = process.communicate(timeout=400)
     assert (process.returncode, stdout) == (1, ""), stderr
-    assert re.findall("error: .*", stderr) == re.findall("error: the loss of topk-64-9 is .*intact.", stderr)
+    assert re.findall("error: .*", stderr) == re.findall(
+        "error: the loss of topk-64-9 is .*new directory[.]", stderr
+    )
     assert len(stderr.splitlines()) <= 5, stderr
 
 
@@ -466,7 +477,7 @@ def test_the_command_says_one_line_and_prints_only_its_result(ds, tmp_path):
 def test_a_killed_driver_takes_its_ranks_along_and_the_same_run_goes_on(ds, tmp_path, ray_session):
     out = tmp_path / "run"
     process = started(*command(ds, out, "--workers", "2"))
-    await_(lambda: checkpoint(out))
+    await_checkpoint(out, process)
     ranks = workers_of(process.pid)
     process.kill()
     process.communicate()
@@ -493,7 +504,7 @@ def test_torchrun_goes_on_with_a_run_of_ray_and_ray_with_one_of_torchrun(ds, tmp
     assert process.returncode == 0, stderr
     assert stdout.count("topk-64-4") == 2  # one table: topk and batchtopk
     process = started(*by_torchrun, *command(ds, tmp_path / "b"))
-    await_(lambda: checkpoint(tmp_path / "b"))
+    await_checkpoint(tmp_path / "b", process)
     process.terminate()
     _, stderr = process.communicate(timeout=120)
     assert stderr.count("error: stopped after") == 1, stderr
@@ -512,12 +523,12 @@ def test_elastic_workers_take_what_there_is_and_grow(
     monkeypatch.setattr(ray_train, "_GROW_S", 0.5)
     caplog.set_level(logging.INFO)
     out = tmp_path / "run"
-    holder = ray_session.remote(num_cpus=2)(Holder).remote()
-    ray_session.get(holder.hold.remote())
+    held = ray_session.util.placement_group([{"CPU": 2}])
+    assert held.wait(60)
 
     def release():
         await_(lambda: checkpoint(out))
-        ray_session.kill(holder)
+        ray_session.util.remove_placement_group(held)
 
     with meanwhile(release):
         saes = sae.train(stream(ds), CONFIGS, LONG, out=out, workers=(2, 3))
@@ -526,11 +537,6 @@ def test_elastic_workers_take_what_there_is_and_grow(
     assert "there is room for more than 2 workers: saving" in caplog.text
     assert largest_difference(saes, alone_long[0]) == 0
     assert lines(out) == lines(alone_long[1])
-
-
-class Holder:
-    def hold(self):
-        """Returns once it has its CPUs."""
 
 
 @pytest.mark.ray
@@ -545,10 +551,42 @@ def test_who_waits_is_told_for_what_and_may_stop(ds, tmp_path, ray_session, capl
 
     with meanwhile(stop), pytest.raises(Drained, match="stopped before the workers began; run the same"):
         sae.train(stream(ds), CONFIGS, TRAINING, out=tmp_path / "run", workers=9, spread="latents")
-    assert re.search(r"still waiting for 9 workers of 1 CPU after \d+ s; the cluster has 4 CPU", caplog.text)
+    assert re.search(r"still waiting for 9 workers of 1 CPU, for \d+ s: the cluster has 4 CPU", caplog.text)
     assert "it lacks 5 CPU" in caplog.text
 
 
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ranks_of_a_node_that_is_about_to_go_save_and_go_on_elsewhere(ds, tmp_path):
+    """Ray drains one of two nodes, as on a notice of preemption; an elastic run goes on with the other."""
+    out = tmp_path / "run"
+    with RayCluster(head_cpus=0) as cluster:
+        cluster.add_node(1)
+        cluster.add_node(1)
+        cluster.wait_for_nodes(3)
+        address = f"127.0.0.1:{cluster._port}"
+        environment = cluster.environment | {
+            "RAY_ADDRESS": address,
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+            "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
+        }
+        longer = ["--rows", "400000", "--epochs", "200", "--workers", "1..2"]
+        process = started(*command(ds, out, *longer), environment=environment)
+        await_checkpoint(out, process)
+        going = cluster.node_ids()["127.0.0.2"]
+        notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        notice += ["--deadline-remaining-seconds", "3600"]
+        drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address]
+        subprocess.run(
+            [*drain, "--node-id", going, *notice], check=True, env=environment, capture_output=True
+        )
+        _, stderr = process.communicate(timeout=400)
+    assert process.returncode == 0, stderr
+    assert "a node is taken away: the run is saved" in stderr
+    assert re.findall(r"(\d) workers? after", stderr) == ["2", "1"]
+    assert "warning" not in stderr

@@ -320,8 +320,36 @@ def test_every_field_has_an_option_with_help(capsys: pytest.CaptureFixture[str])
     kinds = [*ARCHITECTURES.values(), *REVIVALS.values(), sae.Training]
     for name in {f.name for kind in kinds for f in fields(kind)} - {"n_rows", "rungs", "optimiser"}:
         assert f"--{name.replace('_', '-')} " in text.replace("\n", " "), name
+    of_evals = {"every_rows": "every", "n_rows": "rows", "n_sequences": "sequences"}
+    for field in fields(sae.EvalDuring):
+        assert f"--eval-{of_evals.get(field.name, field.name).replace('_', '-')} " in text.replace(
+            "\n", " "
+        ), field
     for name in ("--sae", "--preset", "--config", "--start", "--log", "--rows"):
         assert name in text
+
+
+def test_saes_are_evaluated_in_training_as_the_file_and_before_it_the_command_line_say(
+    dataset: object, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[eval]\nevery_rows = 900\nn_sequences = 0\nn_rows = 256\n")
+    out = tmp_path / "run"
+    command = [*_train(dataset, out, "--site", SITE, "--config", file), "--sae", "topk:d_sae=40,k=4"]
+    assert main([*command, "--eval-every", "2000", "--eval-wait-s", "120"]) == 0
+    (line,) = (out / "topk-40-4" / "evals.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert (found["rows"], found["n_rows"], found["n_sequences"]) == (2000, 256, 0)
+    assert "waiting for the evaluation after 2,000 rows, at most 120 s" in caplog.text
+    file.write_text("[eval]\nevry_rows = 900\n")
+    assert main(command) == 2
+    assert "eval key 'evry_rows' is not known; did you mean every_rows?" in capsys.readouterr().err
+    file.write_text("[eval]\nn_sequences = 9\n")
+    assert main(command) == 2
+    assert (
+        "n_sequences of evaluations during training: say how often with --eval-every"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
@@ -359,4 +387,6 @@ def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_and_a_rerun_compl
 
 def test_read_file_leaves_out_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "empty.toml").write_text("")
-    assert read_file(tmp_path / "empty.toml") == {"storage_options": {}, "training": {}, "sae": []}
+    assert read_file(tmp_path / "empty.toml") == {
+        "storage_options": {}, "training": {}, "eval": {}, "sae": []
+    }  # fmt: skip

@@ -202,11 +202,25 @@ def test_a_rotated_run_resumes_to_the_bit_and_is_another_run_than_a_plain_one(
         m.setattr(kind, "__iter__", lambda self: breaking(original(self)))
         with pytest.raises(Broken):
             _train(ds, configs, out=tmp_path / "run", **options)
+    _check_snapshots(ds, tmp_path / "run")
     with pytest.raises(Conflict, match=r"data.rotated: True -> None"):
         _train(ds, configs, rotated=False, out=tmp_path / "run", **options)
     resumed = _train(ds, configs, out=tmp_path / "run", **options)
     assert [s.digest() for s in resumed] == [s.digest() for s in straight]
     assert sae.load(tmp_path / "run" / "topk-40-4").digest() == straight[0].digest()
+
+
+def _check_snapshots(ds: actcache.Dataset, run: Path) -> None:
+    """SAEs of a checkpoint are turned back as those of the restored run would be, with the dataset or by its URL."""
+    stream = ds.stream(SITE, batch_size=128, metadata=False, rotated=True)
+    training = sae.Training(n_rows=ds.n_rows, lr=3e-3, dead_after_rows=500, checkpoint_every_rows=500)
+    restored = Trainer(stream, [ALL[3], ALL[4]], training, start=[None, None], out=run)
+    restored.open(resume=True)
+    for i, name in enumerate(restored.names):
+        wanted = restored._finished(restored.learners[i])
+        assert wanted is not None
+        assert sae.load_checkpoint(run, name).digest() == wanted.digest()
+        assert sae.load_checkpoint(run, name, ds=ds).digest() == wanted.digest()
 
 
 @pytest.mark.parametrize("config", ALL, ids=lambda c: c.architecture)

@@ -73,6 +73,69 @@ def test_a_checkpoint_of_four_ranks_is_taken_up_by_one(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("checkpoints/*/part-*"))) == 1
 
 
+def test_a_checkpoint_that_is_held_stays_whole_until_it_is_let_go(tmp_path: Path) -> None:
+    directory = _directory(tmp_path)
+    directory.open(resume=True)
+    _checkpoint(directory, 100)
+    directory.checkpoints.held = 100
+    for rows in (200, 300):
+        _checkpoint(directory, rows)
+        assert _stored(tmp_path) == {100, rows}
+        assert torch.equal(directory.checkpoints.at(100)["w"], torch.arange(100.0))
+    newest = _directory(tmp_path).open(resume=True, writer=False)
+    assert isinstance(newest, StoredCheckpoint)
+    assert newest.rows == 300
+    directory.checkpoints.remove()
+    assert _stored(tmp_path) == {100}
+    directory.checkpoints.held = None
+    _checkpoint(directory, 400)
+    assert _stored(tmp_path) == {400}
+
+
+def _stored(out: Path) -> set[int]:
+    return {int(path.parent.name) for path in out.glob("checkpoints/*/done.json")}
+
+
+@pytest.mark.parametrize("place", ["local", "memory"])
+def test_evaluations_are_kept_as_far_as_their_checkpoint_is(tmp_path: Path, place: str) -> None:
+    out = tmp_path / "run" if place == "local" else "memory://rundir/evals"
+    writing = _directory(out)
+    writing.open(resume=True)
+    assert writing.evaluated_rows == 0
+    assert writing.files.read("a/evals.jsonl") is None, "a run without evaluations has no such file"
+    for rows in (100, 200):
+        writing.append_evals(rows, [{"rows": rows, "fvu": 0.5}] * 2)
+    _checkpoint(writing, 250)
+    writing.append_evals(300, [{"rows": 300, "fvu": 0.5}] * 2)
+    writing.sync_evals()
+    again = _directory(out)
+    again.open(resume=True)
+    assert again.evaluated_rows == 200
+    again.append_evals(300, [{"rows": 300, "fvu": 0.4}] * 2)
+    again.sync_evals()
+    for name in "ab":
+        lines = (again.files.read(f"{name}/evals.jsonl") or b"").splitlines()
+        assert [json.loads(line) for line in lines] == [
+            {"rows": 100, "fvu": 0.5}, {"rows": 200, "fvu": 0.5}, {"rows": 300, "fvu": 0.4}
+        ]  # fmt: skip
+
+
+def test_an_evaluation_that_a_kill_has_torn_is_left_out_for_all_saes(tmp_path: Path) -> None:
+    writing = _directory(tmp_path)
+    writing.open(resume=True)
+    for rows in (100, 200):
+        writing.append_evals(rows, [{"rows": rows}] * 2)
+    _checkpoint(writing, 250)
+    whole = b'{"rows": 100}\n{"rows": 200}\n'
+    for torn in (whole[:-3], whole[:-1], whole[:14], whole[:14] + b"\0\0\0\n"):
+        (tmp_path / "a" / "evals.jsonl").write_bytes(whole)
+        (tmp_path / "b" / "evals.jsonl").write_bytes(torn)
+        again = _directory(tmp_path)
+        again.open(resume=True)
+        assert again.evaluated_rows == 100
+        assert {(tmp_path / name / "evals.jsonl").read_bytes() for name in "ab"} == {whole[:14]}
+
+
 def test_two_runs_into_one_directory_meet_at_the_next_checkpoint(tmp_path: Path) -> None:
     one, two = _directory(tmp_path), _directory(tmp_path)
     one.open(resume=True)

@@ -26,6 +26,19 @@ def test_none_leaves_rows_or_time_out() -> None:
     assert not CheckpointSchedule(None, None).due(10**12, 1e9)
 
 
+def test_one_is_due_after_each_multiple_whatever_came_before() -> None:
+    schedule = CheckpointSchedule(None, None, multiples_of=1000)
+    schedule.begin(rows=0, now_s=0.0)
+    assert not schedule.due(999, 1e9)
+    assert schedule.due(1096, 0.0)
+    schedule.begin(rows=1900, now_s=0.0)  # by time, say
+    assert not schedule.due(1999, 0.0)
+    assert schedule.due(2000, 0.0)
+    schedule.begin(rows=2000, now_s=0.0)
+    assert not schedule.due(2999, 0.0)
+    assert CheckpointSchedule(300, None, 1000).due(300, 0.0)
+
+
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan")])
 def test_seconds_that_are_no_time_are_refused(seconds: float) -> None:
     with pytest.raises(ValueError, match="checkpoint_every_s is .*; it must be positive, or none for rows"):
