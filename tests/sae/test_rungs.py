@@ -153,6 +153,8 @@ def test_a_run_killed_before_and_after_a_rung_ends_in_the_undisturbed_result(
     newest = Checkpoints(run_files(tmp_path).store).newest()
     assert newest is not None
     assert newest.rows == {5: 400, 6: 600, 11: 1000, 14: 1200}[last]
+    told = {5: 400, 6: 600, 11: 1000, 14: 1300}  # the last line of those that train, every third step
+    assert progress_of(tmp_path)["rows_done"] == told[last]
     _train(tmp_path)
     assert _digests(tmp_path) == _digests(straight)
     assert _curves(tmp_path) == _curves(straight)

@@ -1,4 +1,4 @@
-"""A sweep reads its dataset once, over all SAEs and over all ranks: each chunk is one rank's to read."""
+"""Sweeps over a dataset: it is read once for all SAEs, each chunk by one rank; on Ray they end as in one process."""
 
 import sys
 from collections import Counter
@@ -67,3 +67,21 @@ def test_two_ranks_of_a_sweep_read_together_what_one_process_reads_and_no_chunk_
     assert min(shares) > 0.4, "each reads its own half"
     assert found[0]["saes"] | found[1]["saes"] == alone["saes"]
     assert len(alone["saes"]) == 3
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sweep_with_rungs_over_workers_equals_that_of_one_process_to_the_bit(
+    url: str, tmp_path: Path, ray_session: Any
+) -> None:
+    ds = actcache.open(url)
+    training = sae.Training(n_rows=3 * ds.n_rows, lr=1e-3, log_every=5, rungs=(1500, 4000))
+    configs = [*CONFIGS, sae.TopK(d_sae=32, k=3, optimiser=sae.Optimiser(lr=1e-6))]
+    found = []
+    for out, options in (("alone", {}), ("workers", {"workers": 2, "spread": "saes"})):
+        stream = ds.stream([SITE], batch_size=200, epochs=3, metadata=False)
+        found.append(sae.train(stream, configs, training, out=tmp_path / out, **options))  # type: ignore[arg-type]
+    alone, workers = found
+    assert [s.digest() for s in workers] == [s.digest() for s in alone]
+    assert [s.cfg.get("stopped_at_rung") for s in workers] == [s.cfg.get("stopped_at_rung") for s in alone]
+    assert sorted(s.cfg.get("stopped_at_rung", 0) for s in alone) == [0, 1500, 1500, 4000]
