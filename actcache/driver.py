@@ -375,8 +375,11 @@ def _run(
         ],
         **monitor.summary(None if drain.asked else list(state.widths)),
     }
-    state.commit({} if failed or drain.asked else pool.fidelity(state.unmeasured()), provenance)
-    write_metadata(state.store, derived)
+    if missing or state.n_waiting:  # else a run before has committed all, and only losses are missing
+        state.commit({}, provenance)  # first: what measuring may meet must not cost what was computed
+        write_metadata(state.store, derived)
+    if not failed and not drain.asked:
+        _measure(pool, state)
     if failed:
         names = ", ".join(f"{u[0]} block {u[1]}" for u, _ in failed[:5])
         more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
@@ -389,6 +392,28 @@ def _run(
             f"stopped by SIGTERM with {len(missing) - len(state.missing())} of {len(missing)} blocks done and "
             "committed; run the same command again for the others"
         )
+
+
+def _measure(pool: "Engine", state: Committed) -> None:
+    """Commit the LM's loss with the stored values of each site that has none yet; warn where it cannot be measured."""
+    unmeasured = state.unmeasured()
+    if not unmeasured:
+        return
+    try:
+        found = pool.fidelity(unmeasured)
+    except Exception as err:
+        found = dict.fromkeys(unmeasured, err)
+    for site, result in found.items():
+        if isinstance(result, Exception):
+            log.warning(
+                "%s: the LM's loss with stored values could not be measured: %s. All rows are committed; run the same "
+                "command again to measure it",
+                site,
+                " ".join((str(result) or type(result).__name__).split()),
+            )
+    losses = {site: result for site, result in found.items() if not isinstance(result, Exception)}
+    if losses:
+        state.commit(losses, {})
 
 
 def _shown(error: BaseException, store: Store) -> str:

@@ -52,7 +52,9 @@ class Engine(Protocol):
         """Whether a copy of the unit is in flight."""
 
     def workers(self) -> list[WorkerState]: ...
-    def fidelity(self, sites: Sequence[str]) -> dict[str, dict[str, float | None]]: ...
+    def fidelity(self, sites: Sequence[str]) -> dict[str, dict[str, float | None] | Exception]:
+        """`Harvester.fidelity` of each site, or why it could not be measured."""
+
     def bare_tokens_per_s(self, sites: Sequence[str], seconds: float) -> float:
         """Of all workers together, each running nothing but the LM; see `Harvester.bare_tokens_per_s`."""
 
@@ -111,8 +113,14 @@ class LocalEngine:
         times = self._prepared.times.snapshot() | {"lm_batch": self._prepared.lm_batch}
         return [WorkerState("0", "busy" if self._running else "ready", len(self._running), times)]
 
-    def fidelity(self, sites: Sequence[str]) -> dict[str, dict[str, float | None]]:
-        return {site: self._prepared.fidelity(site) for site in sites}
+    def fidelity(self, sites: Sequence[str]) -> dict[str, dict[str, float | None] | Exception]:
+        found: dict[str, dict[str, float | None] | Exception] = {}
+        for site in sites:
+            try:
+                found[site] = self._prepared.fidelity(site)
+            except Exception as err:
+                found[site] = err
+        return found
 
     def bare_tokens_per_s(self, sites: Sequence[str], seconds: float) -> float:
         return self._prepared.bare_tokens_per_s(sites, seconds)

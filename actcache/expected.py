@@ -179,7 +179,10 @@ def expected_sizes(
     metadata, missing_metadata = _metadata_bytes(identity, widths, extent, manifest)
     token_store = 0 if token_store_there else _token_store_bytes(identity, sizes)
     versions = _versions(sum(e.blocks_to_do for e in extent.values()), wall_s)
+    known = manifest.fidelity if manifest else {}
+    states_losses = versions > 0 and any("ce_change" not in known.get(site, {}) for site in widths)
     new, put = _objects(identity, widths, extent, manifest, versions)
+    new, put = new + states_losses, put + states_losses  # a version that is a manifest and nothing else
     if not token_store_there:
         shards = _token_store_objects(identity, sizes)
         new, put = new + shards, put + shards
@@ -196,7 +199,7 @@ def expected_sizes(
         missing_bytes=missing,
         new_objects=new,
         put_requests=put,
-        versions=versions,
+        versions=versions + states_losses,
         get_requests_per_pass=chunks * len(widths),
         get_requests_with_metadata=chunks * (len(widths) + 3),
         pass_bytes=math.ceil(share * sites_bytes),
@@ -283,7 +286,7 @@ def _token_store_objects(identity: Mapping[str, Any], sizes: Mapping[str, SplitS
 
 
 def _versions(blocks: int, wall_s: float) -> int:
-    """Manifest versions of a run of `wall_s` over so many blocks: one at its end, and as the driver commits."""
+    """Manifest versions with blocks of a run of `wall_s` over so many: one at its end, and as the driver commits."""
     if not blocks:
         return 0
     steady = _COMMIT_S / _COMMIT_SHARE

@@ -479,10 +479,17 @@ class Harvester:
     def fidelity(self, site: str) -> dict[str, float | None]:
         """CE of the LM on held-out sequences, clean and with the stored values spliced in at `site`.
 
-        The losses of an LM that predicts no next token (an encoder, a body without unembedding) are None.
+        The losses of an LM that predicts no next token (an encoder, a body without unembedding) are None, and so are
+        losses that are no number and those of sequences without a next token.
         """
+        unknown: dict[str, float | None] = {
+            "ce_clean": None,
+            "ce_stored": None,
+            "ce_change": None,
+            "n_tokens": 0,
+        }
         if not self.lm.predicts_next_token:
-            return {"ce_clean": None, "ce_stored": None, "ce_change": None, "n_tokens": 0}
+            return unknown
         import torch
 
         from .capture import splice
@@ -522,6 +529,11 @@ class Harvester:
             done, *sums = self._fitting(partial(losses, start))
             totals += sums
             start += done
+        if not totals[2] or not np.isfinite(totals).all():
+            log.warning(
+                "%s: the LM's loss on %d tokens is %s; it is noted as unknown", site, totals[2], totals[:2]
+            )
+            return unknown
         clean_ce, stored_ce = totals[:2] / totals[2]
         return {
             "ce_clean": float(clean_ce),

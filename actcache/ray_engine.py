@@ -153,8 +153,11 @@ class RayEngine:
             self._start(worker)
         return str(self._ask("calibrate", [()])[0])
 
-    def _ask(self, method: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def _ask(self, method: str, calls: Sequence[tuple[Any, ...]], *, errors: bool = False) -> list[Any]:
         """`method` with each of these arguments, on idle workers side by side; on another where one is lost.
+
+        Args:
+            errors: what a call raises is its answer.
 
         Raises:
             WorkerLost: too many were lost that were not preempted.
@@ -175,6 +178,10 @@ class RayEngine:
                 except self._ray.exceptions.RayActorError as err:
                     self._lost(worker, actor, err)
                     lost += not err.preempted
+                except Exception as err:
+                    if not errors:
+                        raise
+                    answers[i] = err
             if lost >= _STARTS * len(calls):
                 raise WorkerLost(f"{lost} workers were lost in {method}; have they memory enough?")
         return [answers[i] for i in range(len(calls))]
@@ -319,8 +326,17 @@ class RayEngine:
     def workers(self) -> list[WorkerState]:
         return [worker.state() for worker in self._workers]
 
-    def fidelity(self, sites: Sequence[str]) -> dict[str, dict[str, float | None]]:
-        return dict(zip(sites, self._ask("fidelity", [(site,) for site in sites]), strict=True))
+    def fidelity(self, sites: Sequence[str]) -> dict[str, dict[str, float | None] | Exception]:
+        found: dict[str, dict[str, float | None] | Exception] = {}
+        for i in range(0, len(sites), step := max(1, len(self._idle()))):
+            some = sites[i : i + step]
+            try:
+                found |= zip(
+                    some, self._ask("fidelity", [(site,) for site in some], errors=True), strict=True
+                )
+            except (ActcacheError, OSError) as err:
+                found |= dict.fromkeys(some, err)
+        return found
 
     def _idle(self) -> list[_Worker]:
         """The workers without a block; those with one if all have: a copy of a slow block may be left over."""
