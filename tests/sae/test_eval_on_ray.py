@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from test_eval_during import NAMES, ds, lines, run, settings, trainer, without_c
 import actcache
 import sae
 from actcache.errors import SpecError
-from sae.evals.on_ray import RayEvaluation, resources
+from sae.evals.during import EvalDuringJob
+from sae.evals.on_ray import RayEvaluation
 
 __all__ = ["ds"]  # a fixture
 
@@ -98,11 +100,21 @@ def test_an_actor_that_dies_is_told_and_the_next_one_is_another(cluster: Any) ->
         assert place._actor is None
 
 
-def test_a_device_of_one_machine_is_refused_and_what_is_reserved_is_known() -> None:
+def test_an_lm_may_be_on_the_nodes_alone_unless_no_node_can_have_it(
+    ds: actcache.Dataset, tmp_path: Path
+) -> None:
+    elsewhere = settings(ds, model="/on/the/nodes")
+    RayEvaluation(EvalDuringJob(settings=elsewhere, ds=ds, run=str(tmp_path)))
+    for model in (None, "bundled:stdlib-gpt2"):
+        job = EvalDuringJob(settings=settings(ds, model=model), ds=ds, run=str(tmp_path))
+        with pytest.raises(SpecError, match="no LM to evaluate in during training"):
+            RayEvaluation(job)
+
+
+def test_a_device_of_one_machine_is_refused() -> None:
     device = sae.EvalDuring(every_rows=10, device="cuda:1")
-    job = job_on(None)
+    job = replace(job_on(None), settings=device)
     with pytest.raises(
         SpecError, match="eval device is cuda:1.*a run on Ray reserves GPUs instead, so give --eval-gpus"
     ):
-        RayEvaluation(type(job)(settings=device, ds=None, run=job.run, names=job.names))
-    assert resources(sae.EvalDuring(every_rows=10, cpus=2, gpus=0.5)) == {"CPU": 2.0, "GPU": 0.5}
+        RayEvaluation(job)
