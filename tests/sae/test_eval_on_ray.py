@@ -9,7 +9,7 @@ from typing import Any
 import evaluated
 import pytest
 from evaluated import Dying, Here, Refusing, job_on
-from test_eval_during import NAMES, ds, lines, run, settings, trainer, without_clock
+from test_eval_during import CONFIGS, N_ROWS, NAMES, SITE, ds, lines, run, settings, trainer, without_clock
 
 import actcache
 import sae
@@ -49,6 +49,22 @@ def test_actors_find_the_figures_that_this_process_finds(
     assert lines(other)[0]["seconds"] > 0
     for name in NAMES:
         weights = [(out / name / "weights.safetensors").read_bytes() for out in (one, other)]
+        assert weights[0] == weights[1]
+
+
+def test_a_run_of_workers_is_evaluated_beside_them_and_ends_with_the_weights_of_one_process(
+    ray_session: Any, ds: actcache.Dataset, tmp_path: Path
+) -> None:
+    stream = ds.stream([SITE], batch_size=256, epochs=2, metadata=False)
+    training = sae.Training(n_rows=N_ROWS, lr=1e-3, checkpoint_every_rows=None, log_every=4)
+    sae.train(stream, CONFIGS, training, out=tmp_path / "ray", workers=2, eval_every=settings(ds))
+    run(trainer(ds, tmp_path / "here", None))
+    for name in NAMES:
+        found = lines(tmp_path / "ray", name)
+        assert found[-1]["rows"] == N_ROWS
+        assert {line["rows"] for line in found} <= {2048, 4096, N_ROWS}, "slow ones are left out"
+        assert found[-1]["ce_recovered_zero"] is not None
+        weights = [(tmp_path / out / name / "weights.safetensors").read_bytes() for out in ("ray", "here")]
         assert weights[0] == weights[1]
 
 
