@@ -27,6 +27,9 @@ from actcache.progress import Progress
 
 from .core import SAE
 from .distributed import Job, Workers, check_finished, directory_of
+from .evals.during import EvalDuring
+from .evals.monitor import monitor_of
+from .evals.on_ray import RayEvaluation
 from .keeper import Stop
 from .ray_ranks import FINAL, End, Launch, News, last_line
 from .ray_room import Room, room_for, shortage
@@ -56,13 +59,14 @@ def train_on_ray(job: Job, workers: Workers, resume: bool, returned: bool = True
     """
     job.check(range(workers.least, workers.most + 1))
     directory = directory_of(job)
+    monitor_of(job.evals, RayEvaluation, job.stream, directory, ())  # refuses what no rank could do
     found = directory.open(resume, load=returned)
     if isinstance(found, list):
         log.info("%s already holds this finished run; nothing to train", directory.path)
         return found
     aside = Aside(sys.stdout)
     # in this order: ray.init takes SIGTERM for itself
-    with contextlib.redirect_stdout(aside), _ray(workers), Stop() as stop:
+    with contextlib.redirect_stdout(aside), _ray(workers, job.evals), Stop() as stop:
         Driver(job, workers, directory, stop, aside.said).run()
     check_finished(job)
     return [directory.load(i) for i in range(len(directory.names))] if returned else []
@@ -86,8 +90,11 @@ class Aside(io.TextIOBase):
 
 
 @contextlib.contextmanager
-def _ray(workers: Workers) -> Iterator[None]:
-    """Ray, connected and, if that was done here, left again; its output stays in its own files."""
+def _ray(workers: Workers, evals: EvalDuring | None) -> Iterator[None]:
+    """Ray, connected and, if that was done here, left again; its output stays in its own files.
+
+    One that is started here has room for the workers and, beside them, for an evaluation.
+    """
     import ray
 
     if find_spec("pandas") is None:  # said before anything is started
@@ -101,7 +108,7 @@ def _ray(workers: Workers) -> Iterator[None]:
     else:  # address: a cluster that happens to run on this machine is somebody else's
         ray.init(
             address="local",
-            num_cpus=max(workers.most * workers.cpus, os.cpu_count() or 1),
+            num_cpus=max(workers.most * workers.cpus + (evals.cpus if evals else 0), os.cpu_count() or 1),
             include_dashboard=False,
             object_store_memory=100 * 1024**2,  # settings and figures only
             logging_level=logging.ERROR,
@@ -109,17 +116,19 @@ def _ray(workers: Workers) -> Iterator[None]:
         )
     try:
         if not os.environ.get("RAY_ADDRESS"):
-            _check_this_machine(ray, workers)
+            _check_this_machine(ray, workers, evals)
         yield
     finally:
         ray.shutdown()
 
 
-def _check_this_machine(ray: Any, workers: Workers) -> None:
-    gpus, wanted = ray.cluster_resources().get("GPU", 0), workers.gpus * workers.least
+def _check_this_machine(ray: Any, workers: Workers, evals: EvalDuring | None) -> None:
+    beside = evals.gpus if evals else 0
+    gpus, wanted = ray.cluster_resources().get("GPU", 0), workers.gpus * workers.least + beside
     if gpus < wanted:
+        who = f"{workers} and an evaluation of {beside:g} GPU" if beside else str(workers)
         raise SpecError(
-            f"{workers} need {wanted} GPU, and this machine has {gpus:g}; ask for less, or name a cluster by RAY_ADDRESS"
+            f"{who} need {wanted:g} GPU, and this machine has {gpus:g}; ask for less, or name a cluster by RAY_ADDRESS"
         )
 
 

@@ -42,9 +42,9 @@ class RunDirectory:
         self.files, self.names = run_files(location, storage_options), list(names)
         self.path, self.storage_options = self.files.url, storage_options
         self.checkpoints = Checkpoints(self.files.store)
-        self.evaluated_rows = 0
-        """Rows of the newest checkpoint whose evaluation is kept; 0 if there is none."""
-        self._evals_to_sync = False
+        self.evaluated_rows = dict.fromkeys(self.names, 0)
+        """Rows of the newest checkpoint of which each SAE's evaluation is kept; 0 if there is none."""
+        self._evals_to_sync: set[str] = set()
         self.description = json.loads(json.dumps({"format": RUN_FORMAT, **description}))
 
     def open(
@@ -93,7 +93,8 @@ class RunDirectory:
         sizes = [0] * len(self.names) if stored is None else stored.state["metrics_bytes"]
         for file, size in zip(self.metrics_files, sizes, strict=True):
             self.files.cut(file, size)
-        self._cut_evals(0 if stored is None else stored.rows)
+        for name in self.names:
+            self._cut_evals(name, 0 if stored is None else stored.rows)
         return stored
 
     @property
@@ -125,34 +126,29 @@ class RunDirectory:
                 "file system that all nodes share, or a URL."
             ) from error
 
-    @property
-    def evals_files(self) -> list[str]:
-        return [f"{name}/{EVALS_FILE}" for name in self.names]
-
-    def append_evals(self, rows: int, lines: Sequence[Mapping[str, Any]]) -> None:
-        """One line to each SAE's evals.jsonl: the figures of the checkpoint after `rows` rows.
+    def append_evals(self, rows: int, lines: Mapping[str, Mapping[str, Any]]) -> None:
+        """The figures of the checkpoint after `rows` rows: a line to the evals.jsonl of each SAE that has it not yet.
 
         In an object store they are written with the next checkpoint, or by `sync_evals`.
         """
-        for file, line in zip(self.evals_files, lines, strict=True):
-            self.files.append(file, (json.dumps(line) + "\n").encode())
-        self.evaluated_rows, self._evals_to_sync = rows, True
+        for name, line in lines.items():
+            if self.evaluated_rows[name] < rows:
+                self.files.append(f"{name}/{EVALS_FILE}", (json.dumps(line) + "\n").encode())
+                self.evaluated_rows[name] = rows
+                self._evals_to_sync.add(f"{name}/{EVALS_FILE}")
 
     def sync_evals(self) -> None:
         """Make the evaluations so far durable."""
-        if self._evals_to_sync:
-            self.files.sync(self.evals_files)
-            self._evals_to_sync = False
+        self.files.sync(sorted(self._evals_to_sync))
+        self._evals_to_sync.clear()
 
-    def _cut_evals(self, rows: int) -> None:
-        """Leave the evaluations of checkpoints up to `rows`, where every SAE has its line."""
-        found = [self.files.read(file) for file in self.evals_files]
-        kept = [_lines_up_to(data or b"", rows) for data in found]
-        n = min(len(lines) for lines in kept)
-        for file, data, lines in zip(self.evals_files, found, kept, strict=True):
-            if data is not None:
-                self.files.cut(file, sum(len(line) for line in lines[:n]))
-        self.evaluated_rows = json.loads(kept[0][n - 1])["rows"] if n else 0
+    def _cut_evals(self, name: str, rows: int) -> None:
+        """Leave the evaluations of checkpoints up to `rows`."""
+        data = self.files.read(f"{name}/{EVALS_FILE}")
+        kept = _lines_up_to(data or b"", rows)
+        if data is not None:
+            self.files.cut(f"{name}/{EVALS_FILE}", sum(len(line) for line in kept))
+        self.evaluated_rows[name] = json.loads(kept[-1])["rows"] if kept else 0
 
     def checkpoint_writer(
         self, rank: int = 0, world: int = 1, attempt: str | None = None

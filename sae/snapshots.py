@@ -1,4 +1,4 @@
-"""An SAE as a run has it now: read from a complete checkpoint, in one process, whatever ranks wrote it.
+"""SAEs as a run has them now: read from a complete checkpoint, in one process, whatever ranks wrote it.
 
 Only the weights are read, a third of what the checkpoint holds of an SAE. Nothing is written, so any number of
 processes may do this while the run goes on; it removes the checkpoint once a newer one is complete.
@@ -22,6 +22,8 @@ from .learner import folded
 from .rotation import turned
 from .rundir import RUN_FILE
 
+_STOPPED = "stopped_at_rung"
+
 
 def load_checkpoint(
     run: str | os.PathLike[str],
@@ -33,7 +35,7 @@ def load_checkpoint(
 ) -> SAE:
     """An SAE of a run that is not finished, as a complete checkpoint has it; `cfg["rows"]` says after how many rows.
 
-    Of a finished run it is the SAE itself, as `sae.load` gives it.
+    Of a finished run, and if it has stopped at a rung, it is the SAE itself, as `sae.load` gives it.
 
     Args:
         run: the run's directory or URL, `out` of `sae.train`.
@@ -48,62 +50,80 @@ def load_checkpoint(
         CorruptObject: the checkpoint is damaged.
         FormatError: another version wrote it.
     """
-    files = run_files(run, storage_options)
-    data = files.read(RUN_FILE)
-    if data is None:
-        raise FileNotFoundError(f"{files.url} has no {RUN_FILE}; give the directory of a run of sae.train")
-    description = parse_json(f"{files.url}/{RUN_FILE}", data)
-    names = list(description["saes"])
-    if name not in names:
-        raise FileNotFoundError(f"{files.url} trains no SAE {name!r}; it trains {', '.join(names)}")
-    checkpoints = Checkpoints(files.store)
-    stored = _stored(checkpoints, rows, description)
-    if stored is None:
-        return _finished(files.url, name, rows, description, storage_options)
-    if "cfg" not in stored.state["saes"][names.index(name)]:  # it stopped at a rung, and was saved as it is
-        return load(f"{files.url}/{name}", storage_options)
-    try:
-        found = _read(stored, names.index(name), config_from_dict(description["saes"][name]))
-    except CorruptObject as error:
-        if _is_there(checkpoints, stored.rows):
-            raise
-        raise _gone(files.url, stored.rows) from error
-    if not description["data"].get("rotated"):
-        return found
-    return turned(found, _rotation(found.cfg, ds, storage_options))
+    moment = Moment(run, rows, ds=ds, storage_options=storage_options)
+    if name not in moment.names:
+        raise FileNotFoundError(f"{moment.run} trains no SAE {name!r}; it trains {', '.join(moment.names)}")
+    return moment.load(name)
 
 
-def _stored(
-    checkpoints: Checkpoints, rows: int | None, description: Mapping[str, Any]
-) -> StoredCheckpoint | None:
-    """The checkpoint asked for; None if there is none, or the run is finished and none was named."""
-    if rows is not None:
-        return checkpoints.at(rows) if _is_there(checkpoints, rows) else None
-    return None if description.get("finished") else checkpoints.newest()
+class Moment:
+    """One moment of a run: a checkpoint, or its end. Arguments and errors are those of `load_checkpoint`."""
 
+    def __init__(
+        self,
+        run: str | os.PathLike[str],
+        rows: int | None = None,
+        *,
+        ds: Any = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        files = run_files(run, storage_options)
+        self.run, self._rows, self._ds, self._options = files.url, rows, ds, storage_options
+        data = files.read(RUN_FILE)
+        if data is None:
+            raise FileNotFoundError(f"{self.run} has no {RUN_FILE}; give the directory of a run of sae.train")
+        self._description = parse_json(f"{self.run}/{RUN_FILE}", data)
+        self.names = list(self._description["saes"])
+        self._checkpoints = Checkpoints(files.store)
+        self._stored = self._find()
 
-def _finished(
-    run: str,
-    name: str,
-    rows: int | None,
-    description: Mapping[str, Any],
-    storage_options: Mapping[str, Any] | None,
-) -> SAE:
-    """The SAE of a finished run, where it is the one after `rows` rows."""
-    if not description.get("finished"):
-        raise _gone(run, rows)
-    s = load(f"{run}/{name}", storage_options)
-    if rows is not None and s.cfg["rows"] != rows:
-        raise _gone(run, rows)
-    return s
+    def running(self) -> list[str]:
+        """Names of the SAEs that train, or have trained to the end: those that have not stopped at a rung."""
+        if self._stored is not None:
+            states = self._stored.state["saes"]
+            return [name for name, state in zip(self.names, states, strict=True) if _STOPPED not in state]
+        return [name for name in self.names if _STOPPED not in self.load(name).cfg]
 
+    def load(self, name: str) -> SAE:
+        """One of its SAEs."""
+        i, stored = self.names.index(name), self._stored
+        if stored is None or _STOPPED in stored.state["saes"][i]:
+            return load(f"{self.run}/{name}", self._options)
+        try:
+            found = _read(stored, i, config_from_dict(self._description["saes"][name]))
+        except CorruptObject as error:
+            if self._is_there(stored.rows):
+                raise
+            raise self._gone(stored.rows) from error
+        if not self._description["data"].get("rotated"):
+            return found
+        return turned(found, _rotation(found.cfg, self._ds, self._options))
 
-def _gone(run: str, rows: int | None) -> FileNotFoundError:
-    if rows is None:
-        return FileNotFoundError(f"{run} has no checkpoint yet; try again once it has one")
-    return FileNotFoundError(
-        f"{run} has no checkpoint after {rows:,} rows, or not any more; try again, without rows for the newest"
-    )
+    def _find(self) -> StoredCheckpoint | None:
+        """The checkpoint; None at the end of a finished run."""
+        rows, finished = self._rows, self._description.get("finished")
+        if rows is not None and self._is_there(rows):
+            return self._checkpoints.at(rows)
+        if finished and rows in (None, self._description["training"]["n_rows"]):
+            return None
+        stored = None if finished or rows is not None else self._checkpoints.newest()
+        if stored is None:
+            raise self._gone(rows)
+        return stored
+
+    def _is_there(self, rows: int) -> bool:
+        try:
+            self._checkpoints.at(rows)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _gone(self, rows: int | None) -> FileNotFoundError:
+        if rows is None:
+            return FileNotFoundError(f"{self.run} has no checkpoint yet; try again once it has one")
+        return FileNotFoundError(
+            f"{self.run} has no checkpoint after {rows:,} rows, or not any more; try again, without rows for the newest"
+        )
 
 
 def _read(stored: StoredCheckpoint, i: int, config: Architecture) -> SAE:
@@ -113,14 +133,6 @@ def _read(stored: StoredCheckpoint, i: int, config: Architecture) -> SAE:
     averaged = any(key.endswith(".average") for key in tensors)
     p = {name: tensors[f"{name}.average" if averaged else name] for name in names}
     return folded(config, p, state["threshold"], state["scale"], state["cfg"])
-
-
-def _is_there(checkpoints: Checkpoints, rows: int) -> bool:
-    try:
-        checkpoints.at(rows)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def _rotation(cfg: Mapping[str, Any], ds: Any, storage_options: Mapping[str, Any] | None) -> np.ndarray:

@@ -282,7 +282,8 @@ class Trainer:
             tracker.start(self.description, self.step)
             ends.callback(tracker.close)
         if self.monitor is not None:
-            self.monitor.start(self.keeper.saved_rows, self.step)
+            running = [self.names[i] for i in self.rungs.running]
+            self.monitor.start(self.keeper.saved_rows, self.step, running)
         batches = iter(self.stream)
         shown = self._tell is None and self.layout.rank == 0
         total = self.training.n_rows

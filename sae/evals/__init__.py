@@ -4,7 +4,8 @@
 computes it. From stored rows, by `row_pass` over the parts of `rows`: `reconstruction`, `latents`, `batches`,
 `spread`, `cooccurrence`, summed by `groups`. From weights: `geometry`, `logit_lens`. Through the LM, over
 `sequences`: `language_model`, `effects`. `workers` says who computes, `evaluation` what is stored, `tasks`
-runs `probing` and `logit_difference`; `ground_truth` is for planted features. Names are imported when first
+runs `probing` and `logit_difference`; `ground_truth` is for planted features. While SAEs are trained, `monitor` has
+`during` evaluate their checkpoints, in a process (`elsewhere`) or `on_ray`. Names are imported when first
 used, so that the command line's `--help` needs no torch.
 """
 

@@ -8,7 +8,7 @@ keeps what comes back (sae/evals/monitor.py).
 import math
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,8 +75,6 @@ class EvalDuringJob:
     """The dataset; another process opens it again."""
     run: str
     """The run's directory, an absolute path or a URL."""
-    names: Sequence[str]
-    """The SAEs of the run."""
     storage_options: Mapping[str, Any] | None = None
     """Passed to fsspec for the run's directory."""
 
@@ -85,14 +83,13 @@ def job_of(
     settings: EvalDuring,
     stream: Any,
     out: str | os.PathLike[str] | None,
-    names: Sequence[str],
     storage_options: Mapping[str, Any] | None = None,
 ) -> EvalDuringJob:
-    """The job of evaluating a run, after a look at all that it needs.
+    """The job of evaluating a run.
 
     Raises:
-        SpecError: the run keeps no checkpoints that others can read, the stream is not that of one dataset, the
-            split is empty, or the LM is not at hand or another than the one harvested.
+        SpecError: the run keeps no checkpoints that others can read, the stream is not that of one dataset, or the
+            split is empty.
     """
     from sae.files import is_url, local_path
 
@@ -110,9 +107,7 @@ def job_of(
         )
     _check_data(settings, ds)
     run = os.fspath(out) if is_url(out) else str(local_path(out).absolute())
-    return EvalDuringJob(
-        settings=settings, ds=ds, run=run, names=list(names), storage_options=storage_options
-    )
+    return EvalDuringJob(settings=settings, ds=ds, run=run, storage_options=storage_options)
 
 
 def _check_data(settings: EvalDuring, ds: Any) -> None:
@@ -127,16 +122,25 @@ def _check_data(settings: EvalDuring, ds: Any) -> None:
         raise SpecError(
             f"the dataset {ds.url} cannot be sent to another process ({error}); take one of actcache.open(...)"
         ) from error
-    if settings.n_sequences:
-        from actcache.lm import check_at_hand
 
-        try:
-            check_at_hand(ds.spec["model"], settings.model, _READ_AT_ONCE)
-        except SpecError as error:
-            raise SpecError(
-                f"no LM to evaluate in during training: {str(error).rstrip('.')} (--eval-model), or evaluate without "
-                "one (--eval-sequences 0)"
-            ) from error
+
+def check_lm(settings: EvalDuring, ds: Any) -> None:
+    """Refuse what the LM would be refused for on this machine, before its weights are loaded.
+
+    Raises:
+        SpecError: it is not at hand, or another than the one harvested.
+    """
+    if not settings.n_sequences:
+        return
+    from actcache.lm import check_at_hand
+
+    try:
+        check_at_hand(ds.spec["model"], settings.model, _READ_AT_ONCE)
+    except SpecError as error:
+        raise SpecError(
+            f"no LM to evaluate in during training: {str(error).rstrip('.')} (--eval-model), or evaluate without "
+            "one (--eval-sequences 0)"
+        ) from error
 
 
 class Examiner:
@@ -147,34 +151,32 @@ class Examiner:
 
         torch.set_num_threads(job.settings.cpus)
         self._job, self._device = job, device
-        self._saes: list[Any] = []
+        self._saes: dict[str, Any] = {}
         self._lm: Any = None
 
     def load(self, rows: int) -> None:
-        """Read the SAEs of the checkpoint after `rows` rows; it may go once this returns.
+        """Read the SAEs that train at the checkpoint after `rows` rows; it may go once this returns.
 
         Raises:
             FileNotFoundError: it has gone already.
         """
-        from sae.snapshots import load_checkpoint
+        from sae.snapshots import Moment
 
         job = self._job
-        found = [
-            load_checkpoint(job.run, name, rows, ds=job.ds, storage_options=job.storage_options)
-            for name in job.names
-        ]
-        for s in found:
+        moment = Moment(job.run, rows, ds=job.ds, storage_options=job.storage_options)
+        found = {name: moment.load(name) for name in moment.running()}
+        for s in found.values():
             s.path = None  # a finished SAE's own eval.json is left alone
-        self._saes = [s.to(self._device) for s in found]
+        self._saes = {name: s.to(self._device) for name, s in found.items()}
 
-    def evaluate(self) -> list[dict[str, Any]]:
-        """The figures of each SAE that was loaded, in the order of the job's names."""
+    def evaluate(self) -> dict[str, dict[str, Any]]:
+        """The figures of each SAE that was loaded, by its name."""
         from sae.evals.evaluation import evaluate_many
 
         settings = self._job.settings
-        saes, self._saes = self._saes, []
+        saes, self._saes = self._saes, {}
         results = evaluate_many(
-            saes,
+            list(saes.values()),
             self._job.ds,
             self._loaded_lm() if settings.n_sequences else None,
             settings.split,
@@ -183,7 +185,7 @@ class Examiner:
             reuse=False,
             progress=False,
         )
-        return [figures_of(result) for result in results]
+        return {name: figures_of(result) for name, result in zip(saes, results, strict=True)}
 
     def _loaded_lm(self) -> Any:
         if self._lm is None:

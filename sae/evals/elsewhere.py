@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from typing import IO, Any, Protocol
 
 from actcache.errors import SpecError
-from sae.evals.during import EvalDuring, EvalDuringJob, Examiner
+from sae.evals.during import EvalDuring, EvalDuringJob, Examiner, check_lm
 
 _END_S = 5.0
 _LOWER_PRIORITY = 10
@@ -30,8 +30,8 @@ _LOWER_PRIORITY = 10
 class News:
     """How far an evaluation is. All None: the SAEs are loaded, and the checkpoint may go."""
 
-    figures: list[dict[str, Any]] | None = None
-    """Of each SAE; the evaluation is done."""
+    figures: dict[str, dict[str, Any]] | None = None
+    """Of each SAE, by its name; the evaluation is done."""
     seconds: float | None = None
     """From the reading of the checkpoint to the figures."""
     cause: str | None = None
@@ -48,6 +48,10 @@ class Elsewhere(Protocol):
         """What has come since; None if there is nothing within `timeout_s`."""
 
     @property
+    def begun(self) -> bool:
+        """False while the evaluation has no place yet."""
+
+    @property
     def doing(self) -> str:
         """What the evaluation does meanwhile, to follow its name in a sentence."""
 
@@ -58,15 +62,16 @@ class Elsewhere(Protocol):
 class BackgroundProcess:
     """Evaluates in a process of this machine."""
 
-    doing = "is still going on"
+    begun, doing = True, "is still going on"
 
     def __init__(self, job: EvalDuringJob) -> None:
         """Starts nothing yet.
 
         Raises:
-            SpecError: this machine has not the device.
+            SpecError: this machine has not the device, or not the LM.
         """
         _check_device(job.settings)
+        check_lm(job.settings, job.ds)
         self._job = job
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None

@@ -18,6 +18,9 @@ from sae.trackers import Tracker
 
 logger = logging.getLogger(__name__)
 
+_PLACE_S = 60.0
+"""At the end of a run, whose workers still hold theirs, an evaluation is waited for so long to get a place."""
+
 __all__ = ["BackgroundProcess", "EvalBy", "Monitor", "monitor_of"]
 
 
@@ -51,9 +54,12 @@ class Monitor:
         self.shown: dict[str, str] = {}
         """What the progress bar shows of the newest evaluation."""
 
-    def start(self, rows: int | None, step: int) -> None:
-        """The run begins, or goes on from the checkpoint after `rows` rows, which may still be to evaluate."""
-        self._dealt_rows = self._directory.evaluated_rows
+    def start(self, rows: int | None, step: int, running: Sequence[str]) -> None:
+        """The run begins, or goes on from the checkpoint after `rows` rows, which may still be to evaluate.
+
+        `running`: names of the SAEs that train.
+        """
+        self._dealt_rows = min(self._directory.evaluated_rows[name] for name in running)
         if rows is not None:
             self.completed(rows, step)
 
@@ -112,20 +118,23 @@ class Monitor:
         self._pending = self._directory.checkpoints.held = None
 
     def _wait(self, until: float) -> None:
-        """For the evaluation that goes on, until this moment of the clock."""
-        left = until - time.monotonic()
+        """For the evaluation that goes on, until this moment of the clock; less long for one that has no place yet."""
         if self._pending is None:
             return
+        since = now = time.monotonic()
         rows = f"{self._pending.rows:,}"
-        logger.info("waiting for the evaluation after %s rows, at most %.0f s", rows, max(0.0, left))
-        while self._pending is not None and (left := until - time.monotonic()) > 0:
-            self.look(left)
+        logger.info("waiting for the evaluation after %s rows, at most %.0f s", rows, max(0.0, until - now))
+        while self._pending is not None:
+            end = until if self._elsewhere.begun else min(until, since + _PLACE_S)
+            if (now := time.monotonic()) >= end:
+                break
+            self.look(end - now)
         if self._pending is not None:
             logger.warning(
-                "the evaluation after %s rows %s and is given up after %g s; python -m sae eval %s makes it up",
+                "the evaluation after %s rows %s and is given up after %.0f s; python -m sae eval %s evaluates the finished SAEs",
                 rows,
                 self._elsewhere.doing,
-                self.settings.wait_s,
+                now - since,
                 self._directory.path,
             )
             self.close()
@@ -134,14 +143,14 @@ class Monitor:
         """Figures into evals.jsonl, the trackers and the progress bar."""
         assert news.figures is not None
         at = {"step": pending.step, "rows": pending.rows, "seconds": news.seconds}
-        lines = [{**at, **figures} for figures in news.figures]
+        lines = {name: {**at, **figures} for name, figures in news.figures.items()}
         try:
             self._directory.append_evals(pending.rows, lines)
         except StoreError as error:
             logger.warning("the evaluation after %s rows could not be kept: %s", f"{pending.rows:,}", error)
         for tracker in self._trackers:
-            tracker.log_evals(dict(zip(self._directory.names, lines, strict=True)), pending.step)
-        self.shown = _shown(news.figures)
+            tracker.log_evals(lines, pending.step)
+        self.shown = _shown(list(news.figures.values()))
 
 
 def monitor_of(
@@ -159,9 +168,9 @@ def monitor_of(
     if settings is None or (directory is not None and directory.finished):
         return None
     if directory is None:  # which is refused
-        job_of(settings, stream, None, ())
+        job_of(settings, stream, None)
         return None
-    job = job_of(settings, stream, directory.path, directory.names, directory.storage_options)
+    job = job_of(settings, stream, directory.path, directory.storage_options)
     return Monitor(settings, eval_by(job), directory, trackers)
 
 

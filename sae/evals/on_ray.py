@@ -4,11 +4,12 @@ The actor is placed outside of the group of the training's workers and gives bac
 It belongs to the process that started it, rank 0, and ends with that.
 """
 
+import os
 import time
 from typing import Any
 
 from actcache.errors import SpecError
-from sae.evals.during import EvalDuring, EvalDuringJob, Examiner
+from sae.evals.during import EvalDuring, EvalDuringJob, Examiner, check_lm
 from sae.evals.elsewhere import News, one_line
 
 
@@ -19,9 +20,14 @@ class RayEvaluation:
         """Starts nothing yet.
 
         Raises:
-            SpecError: the settings name a device.
+            SpecError: the settings name a device, or an LM that no node can have.
         """
-        check_for_ray(job.settings)
+        _check_settings(job.settings)
+        model = job.settings.model
+        if (
+            model is None or os.path.isdir(model) or not model.startswith(("/", ".", "~"))
+        ):  # else: on nodes alone
+            check_lm(job.settings, job.ds)
         self._job = job
         self._actor: Any = None
         self._stages: list[Any] = []
@@ -65,10 +71,16 @@ class RayEvaluation:
         return None
 
     @property
+    def begun(self) -> bool:
+        return len(self._stages) < 3
+
+    @property
     def doing(self) -> str:
-        if len(self._stages) < 3:
-            return "is still going on"
-        return f"still waits for {needs(self._job.settings)} of the cluster"
+        settings = self._job.settings
+        gpus = f"{settings.gpus:g} GPU and " if settings.gpus else ""
+        return (
+            "is still going on" if self.begun else f"still waits for {gpus}{settings.cpus} CPU of the cluster"
+        )
 
     def close(self) -> None:
         """End the actor."""
@@ -80,23 +92,7 @@ class RayEvaluation:
         self._actor = None
 
 
-def needs(settings: EvalDuring) -> str:
-    """What an evaluation reserves, in words."""
-    gpus = f"{settings.gpus:g} GPU and " if settings.gpus else ""
-    return f"{gpus}{settings.cpus} CPU"
-
-
-def resources(settings: EvalDuring) -> dict[str, float]:
-    """What an evaluation reserves beside the training's workers, by Ray's names."""
-    return {"CPU": float(settings.cpus)} | ({"GPU": float(settings.gpus)} if settings.gpus else {})
-
-
-def check_for_ray(settings: EvalDuring) -> None:
-    """Refuse settings of a run without Ray.
-
-    Raises:
-        SpecError: a device is named.
-    """
+def _check_settings(settings: EvalDuring) -> None:
     if settings.device != "cpu":
         raise SpecError(
             f"eval device is {settings.device}, of a process beside the training; a run on Ray reserves GPUs instead, "

@@ -13,7 +13,7 @@ from sae.evals.elsewhere import News, one_line
 class Here:
     """Evaluates in this process, for real: a call of `news` loads the checkpoint, the next one gives the figures."""
 
-    doing = "is still going on"
+    begun, doing = True, "is still going on"
 
     def __init__(self, job: EvalDuringJob) -> None:
         self._examiner = Examiner(job, "cpu")
@@ -42,7 +42,7 @@ class Here:
 class ByHand:
     """Says what it is told to, when it is told to: `told` is given out one by one, then nothing comes."""
 
-    doing = "is still going on"
+    begun, doing = True, "is still going on"
 
     def __init__(self, job: EvalDuringJob) -> None:
         self.job = job
@@ -60,9 +60,9 @@ class ByHand:
         self.closed = True
 
 
-def figures(**values: Any) -> News:
-    """News of an evaluation that is done, with these figures of one SAE."""
-    return News(figures=[values], seconds=0.5)
+def figures(**of_saes: dict[str, Any]) -> News:
+    """News of an evaluation that is done: by the SAE's name with _ for -, its figures."""
+    return News(figures={name.replace("_", "-"): values for name, values in of_saes.items()}, seconds=0.5)
 
 
 class Dying:
@@ -90,4 +90,4 @@ def _refuse() -> None:
 
 def job_on(ds: Any, run: str = "/nowhere") -> EvalDuringJob:
     """The job of a run that is nowhere."""
-    return EvalDuringJob(settings=EvalDuring(every_rows=10), ds=ds, run=run, names=["topk-8-2"])
+    return EvalDuringJob(settings=EvalDuring(every_rows=10, n_sequences=0), ds=ds, run=run)

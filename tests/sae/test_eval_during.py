@@ -1,5 +1,6 @@
 """SAEs are evaluated while they are trained: the same SAEs come out, and each checkpoint's figures are kept once."""
 
+import contextlib
 import json
 import logging
 import sys
@@ -53,12 +54,13 @@ def trainer(
 ) -> Trainer:
     stream = ds.stream([SITE], batch_size=256, epochs=2, metadata=False)
     last, layout = changes.pop("last", None), changes.pop("layout", None)
+    configs = changes.pop("configs", CONFIGS)
     training = sae.Training(
         **{"n_rows": N_ROWS, "lr": 1e-3, "checkpoint_every_rows": None, "log_every": 4} | changes
     )
     found = Trainer(
         stream,
-        CONFIGS,
+        configs,
         training,
         start=[None, None],
         out=out,
@@ -216,6 +218,19 @@ def test_an_evaluation_that_a_kill_has_cut_off_is_made_when_the_run_goes_on(
     assert without_clock(tmp_path) == without_clock(straight)
 
 
+def test_an_sae_that_stopped_at_a_rung_is_evaluated_no_more(ds: actcache.Dataset, tmp_path: Path) -> None:
+    rivals = [sae.TopK(d_sae=48, k=4, optimiser=sae.Optimiser(lr=lr)) for lr in (1e-3, 1e-9)]
+    for last in (10, None):  # the second time it goes on from the checkpoint after the rung
+        changes = {"configs": rivals, "rungs": (2500,), "last": last}
+        with pytest.raises(Interrupted) if last else contextlib.nullcontext():
+            run(trainer(ds, tmp_path, settings(ds), **changes))
+        if last:
+            assert sae.load_checkpoint(tmp_path, "topk-48-4-lr1e-09").cfg["rows"] == 2560
+            assert sae.load_checkpoint(tmp_path, "topk-48-4-lr0.001").cfg["rows"] == 2560
+    assert [line["rows"] for line in lines(tmp_path, "topk-48-4-lr0.001")] == [2048, 4096, 6000]
+    assert [line["rows"] for line in lines(tmp_path, "topk-48-4-lr1e-09")] == [2048]
+
+
 def test_a_slow_evaluation_holds_its_checkpoint_and_the_next_one_is_left_out(
     ds: actcache.Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -260,8 +275,7 @@ def test_the_end_of_the_run_waits_no_longer_than_it_may_and_says_so(
     assert by_hand(started).asked == [2048, 6000]
     assert "waiting for the evaluation after 2,048 rows, at most 0 s" in caplog.text
     assert (
-        f"is still going on and is given up after 0 s; python -m sae eval {tmp_path} makes it up"
-        in caplog.text
+        f"is still going on and is given up after 0 s; python -m sae eval {tmp_path} evaluates" in caplog.text
     )
     assert by_hand(started).closed
     assert not (tmp_path / "checkpoints").exists()
@@ -271,12 +285,8 @@ def test_what_goes_wrong_in_an_evaluation_is_a_line_and_the_next_one_is_made(
     ds: actcache.Dataset, straight: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     started = trainer(ds, tmp_path, settings(ds, wait_s=0), ByHand)
-    by_hand(started).told = [
-        News(cause="no memory is left"),
-        News(),
-        figures(fvu=0.25, ce_recovered_zero=None),
-    ]
-    by_hand(started).told[-1].figures.append({"fvu": 0.5})  # type: ignore[union-attr]
+    done = figures(topk_48_4={"fvu": 0.25, "ce_recovered_zero": None}, batchtopk_48_4={"fvu": 0.5})
+    by_hand(started).told = [News(cause="no memory is left"), News(), done]
     run(started)
     assert (
         "the checkpoint after 2,048 rows could not be evaluated: no memory is left; this does not touch the training"

@@ -2,18 +2,20 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import evaluated
 import pytest
 from evaluated import Dying, Here, Refusing, job_on
-from test_eval_during import NAMES, ds, lines, run, settings, trainer, without_clock
+from test_eval_during import CONFIGS, N_ROWS, NAMES, SITE, ds, lines, run, settings, trainer, without_clock
 
 import actcache
 import sae
 from actcache.errors import SpecError
-from sae.evals.on_ray import RayEvaluation, resources
+from sae.evals.during import EvalDuringJob
+from sae.evals.on_ray import RayEvaluation
 
 __all__ = ["ds"]  # a fixture
 
@@ -47,6 +49,22 @@ def test_actors_find_the_figures_that_this_process_finds(
     assert lines(other)[0]["seconds"] > 0
     for name in NAMES:
         weights = [(out / name / "weights.safetensors").read_bytes() for out in (one, other)]
+        assert weights[0] == weights[1]
+
+
+def test_a_run_of_workers_is_evaluated_beside_them_and_ends_with_the_weights_of_one_process(
+    ray_session: Any, ds: actcache.Dataset, tmp_path: Path
+) -> None:
+    stream = ds.stream([SITE], batch_size=256, epochs=2, metadata=False)
+    training = sae.Training(n_rows=N_ROWS, lr=1e-3, checkpoint_every_rows=None, log_every=4)
+    sae.train(stream, CONFIGS, training, out=tmp_path / "ray", workers=2, eval_every=settings(ds))
+    run(trainer(ds, tmp_path / "here", None))
+    for name in NAMES:
+        found = lines(tmp_path / "ray", name)
+        assert found[-1]["rows"] == N_ROWS
+        assert {line["rows"] for line in found} <= {2048, 4096, N_ROWS}, "slow ones are left out"
+        assert found[-1]["ce_recovered_zero"] is not None
+        weights = [(tmp_path / out / name / "weights.safetensors").read_bytes() for out in ("ray", "here")]
         assert weights[0] == weights[1]
 
 
@@ -98,11 +116,21 @@ def test_an_actor_that_dies_is_told_and_the_next_one_is_another(cluster: Any) ->
         assert place._actor is None
 
 
-def test_a_device_of_one_machine_is_refused_and_what_is_reserved_is_known() -> None:
+def test_an_lm_may_be_on_the_nodes_alone_unless_no_node_can_have_it(
+    ds: actcache.Dataset, tmp_path: Path
+) -> None:
+    elsewhere = settings(ds, model="/on/the/nodes")
+    RayEvaluation(EvalDuringJob(settings=elsewhere, ds=ds, run=str(tmp_path)))
+    for model in (None, "bundled:stdlib-gpt2"):
+        job = EvalDuringJob(settings=settings(ds, model=model), ds=ds, run=str(tmp_path))
+        with pytest.raises(SpecError, match="no LM to evaluate in during training"):
+            RayEvaluation(job)
+
+
+def test_a_device_of_one_machine_is_refused() -> None:
     device = sae.EvalDuring(every_rows=10, device="cuda:1")
-    job = job_on(None)
+    job = replace(job_on(None), settings=device)
     with pytest.raises(
         SpecError, match="eval device is cuda:1.*a run on Ray reserves GPUs instead, so give --eval-gpus"
     ):
-        RayEvaluation(type(job)(settings=device, ds=None, run=job.run, names=job.names))
-    assert resources(sae.EvalDuring(every_rows=10, cpus=2, gpus=0.5)) == {"CPU": 2.0, "GPU": 0.5}
+        RayEvaluation(job)

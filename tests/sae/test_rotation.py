@@ -217,7 +217,7 @@ def _check_snapshots(ds: actcache.Dataset, run: Path) -> None:
     restored = Trainer(stream, [ALL[3], ALL[4]], training, start=[None, None], out=run)
     restored.open(resume=True)
     for i, name in enumerate(restored.names):
-        wanted = restored._finished(restored.learners[i])
+        wanted = restored._finished(i)
         assert wanted is not None
         assert sae.load_checkpoint(run, name).digest() == wanted.digest()
         assert sae.load_checkpoint(run, name, ds=ds).digest() == wanted.digest()

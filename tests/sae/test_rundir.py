@@ -101,17 +101,17 @@ def test_evaluations_are_kept_as_far_as_their_checkpoint_is(tmp_path: Path, plac
     out = tmp_path / "run" if place == "local" else "memory://rundir/evals"
     writing = _directory(out)
     writing.open(resume=True)
-    assert writing.evaluated_rows == 0
+    assert writing.evaluated_rows == {"a": 0, "b": 0}
     assert writing.files.read("a/evals.jsonl") is None, "a run without evaluations has no such file"
     for rows in (100, 200):
-        writing.append_evals(rows, [{"rows": rows, "fvu": 0.5}] * 2)
+        writing.append_evals(rows, {key: {"rows": rows, "fvu": 0.5} for key in "ab"})
     _checkpoint(writing, 250)
-    writing.append_evals(300, [{"rows": 300, "fvu": 0.5}] * 2)
+    writing.append_evals(300, {"a": {"rows": 300, "fvu": 0.5}})
     writing.sync_evals()
     again = _directory(out)
     again.open(resume=True)
-    assert again.evaluated_rows == 200
-    again.append_evals(300, [{"rows": 300, "fvu": 0.4}] * 2)
+    assert again.evaluated_rows == {"a": 200, "b": 200}
+    again.append_evals(300, {key: {"rows": 300, "fvu": 0.4} for key in "ab"})
     again.sync_evals()
     for name in "ab":
         lines = (again.files.read(f"{name}/evals.jsonl") or b"").splitlines()
@@ -120,20 +120,20 @@ def test_evaluations_are_kept_as_far_as_their_checkpoint_is(tmp_path: Path, plac
         ]  # fmt: skip
 
 
-def test_an_evaluation_that_a_kill_has_torn_is_left_out_for_all_saes(tmp_path: Path) -> None:
+def test_an_evaluation_that_a_kill_has_torn_is_made_again_for_the_saes_without_it(tmp_path: Path) -> None:
     writing = _directory(tmp_path)
     writing.open(resume=True)
     for rows in (100, 200):
-        writing.append_evals(rows, [{"rows": rows}] * 2)
-    _checkpoint(writing, 250)
+        writing.append_evals(rows, {key: {"rows": rows} for key in "ab"})
+    _checkpoint(writing, 200)
     whole = b'{"rows": 100}\n{"rows": 200}\n'
     for torn in (whole[:-3], whole[:-1], whole[:14], whole[:14] + b"\0\0\0\n"):
-        (tmp_path / "a" / "evals.jsonl").write_bytes(whole)
         (tmp_path / "b" / "evals.jsonl").write_bytes(torn)
         again = _directory(tmp_path)
         again.open(resume=True)
-        assert again.evaluated_rows == 100
-        assert {(tmp_path / name / "evals.jsonl").read_bytes() for name in "ab"} == {whole[:14]}
+        assert again.evaluated_rows == {"a": 200, "b": 100}
+        again.append_evals(200, {key: {"rows": 200} for key in "ab"})
+        assert {(tmp_path / name / "evals.jsonl").read_bytes() for name in "ab"} == {whole}
 
 
 def test_two_runs_into_one_directory_meet_at_the_next_checkpoint(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_it_is_to_the_bit_what_the_restored_run_would_save(interrupted: Path) ->
     trainer = _trainer(interrupted)
     assert trainer.open(resume=True) is None
     for i, name in enumerate(trainer.names):
-        wanted = trainer._finished(trainer.learners[i])
+        wanted = trainer._finished(i)
         found = load_checkpoint(interrupted, name)
         assert wanted is not None
         assert found.cfg["rows"] == 1000
@@ -92,7 +92,7 @@ def test_it_may_lie_in_parts_of_several_ranks(interrupted: Path, tmp_path: Path)
     parts = []
     for rank in range(2):
         writer = other.directory.checkpoint_writer(rank, 2, "a1")
-        writer.begin(_half(trainer._pieces(), rank), trainer.rows)
+        writer.begin(_half(trainer.learners.pieces(), rank), trainer.rows)
         part = writer.wait()
         assert part is not None
         parts.append(part)

@@ -42,36 +42,61 @@ def test_a_log_that_can_not_be_kept_is_named_before_anything_is_made(
     assert not out.exists()
 
 
-SCRIPT = """
-import json, sys
+TRAIN = """
+import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_trackers import _train
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from sae.trackers import make_trackers
 
 out = Path(sys.argv[1])
-_train(out, "tensorboard", "wandb")
-events = EventAccumulator(str(out / "tensorboard"))
-events.Reload()
-curves = {tag: [[e.step, e.value] for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+_train(out / "train", "tensorboard", "wandb")
+(out / "evals").mkdir()
+for tracker in make_trackers(("tensorboard", "wandb"), out / "evals"):
+    tracker.start({"saes": {"topk-8-2": {}}}, 0)
+    tracker.log({"topk-8-2": {"loss": 0.9}}, 5)
+    tracker.log({"topk-8-2": {"loss": 0.8}}, 9)
+    tracker.log_evals({"topk-8-2": {"step": 4, "rows": 400, "split": "validation", "fvu": 0.5, "kl": None}}, 4)
+    tracker.log({"topk-8-2": {"loss": 0.7}}, 10)
+    tracker.close()
+"""
+
+SHOW = """
+import json, sys
+from pathlib import Path
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2 as pb
-(file,) = (out / "wandb").glob("offline-run-*/*.wandb")
-data, at, whole, history = file.read_bytes(), 7, b"", []
-while at + 7 <= len(data):  # LevelDB's log: blocks of 32 KiB; crc (4 bytes), length (2), type (1), payload
-    if 32768 - at % 32768 < 7:
-        at += 32768 - at % 32768
-        continue
-    size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-    whole += data[at + 7 : at + 7 + size]
-    at += 7 + size
-    if kind in (1, 4):  # whole, or its last part
-        record = pb.Record()
-        record.ParseFromString(whole)
-        whole = b""
+
+def records(data):  # LevelDB's log: blocks of 32 KiB; crc (4 bytes), length (2), type (1), payload
+    at, whole = 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or its last part
+            record = pb.Record()
+            record.ParseFromString(whole)
+            whole = b""
+            yield record
+
+def shown(out):
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    curves = {tag: [[e.step, e.value] for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    (file,) = (out / "wandb").glob("offline-run-*/*.wandb")
+    history, axes = [], {}
+    for record in records(file.read_bytes()):
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
             history.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
-print(json.dumps({"tensorboard": curves, "wandb": history}))
+        elif record.WhichOneof("record_type") == "metric":
+            axes[record.metric.glob_name or record.metric.name] = record.metric.step_metric
+    return {"tensorboard": curves, "wandb": history, "axes": axes}
+
+print(json.dumps({name: shown(Path(sys.argv[1]) / name) for name in ("train", "evals")}))
 """
 
 
@@ -87,12 +112,16 @@ def test_both_libraries_hold_the_curves_of_metrics_jsonl(tmp_path: Path) -> None
     out = tmp_path / "out"
     settings = {"PYTHONPATH": str(ROOT), "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | settings
-    command = [python, "-c", SCRIPT, out, Path(__file__).parent]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    for script in (TRAIN, SHOW):  # wandb writes out all that it holds when its process ends
+        command = [python, "-c", script, out, Path(__file__).parent]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+        assert done.returncode == 0, done.stderr[-4000:]
+    both = json.loads(done.stdout.splitlines()[-1])
+    found = both["train"]
     for name in ("topk-16-2", "topk-8-2"):
-        lines = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (out / "train" / name / "metrics.jsonl").read_text().splitlines()
+        ]
         assert [x["step"] for x in lines] == [1, 3, 5, 7, 9, 10]
         for figure in ("loss", "l0", "fvu", "dead", "lr", "stall_share"):
             wanted = [[x["step"], x[figure]] for x in lines]
@@ -100,3 +129,12 @@ def test_both_libraries_hold_the_curves_of_metrics_jsonl(tmp_path: Path) -> None
             np.testing.assert_allclose(np.array(shown), np.array(wanted), rtol=1e-6)
             of_wandb = [[h["_step"], h[f"{name}/{figure}"]] for h in found["wandb"]]
             np.testing.assert_allclose(np.array(of_wandb), np.array(wanted), rtol=1e-6)
+    # of a step that lies behind the last: TensorBoard puts it there, wandb on an axis of its own
+    evals = both["evals"]
+    assert evals["tensorboard"]["topk-8-2/eval/fvu"] == [[4, 0.5]]
+    assert evals["tensorboard"]["topk-8-2/eval/rows"] == [[4, 400.0]]
+    assert {"topk-8-2/eval/kl", "topk-8-2/eval/split"}.isdisjoint(evals["tensorboard"])
+    (line,) = [h for h in evals["wandb"] if "topk-8-2/eval/fvu" in h]
+    assert (line["topk-8-2/eval/fvu"], line["topk-8-2/eval/step"]) == (0.5, 4)
+    assert [h["topk-8-2/loss"] for h in evals["wandb"]] == [0.9, 0.8, 0.7]
+    assert evals["axes"]["topk-8-2/eval/*"] == "topk-8-2/eval/step"
