@@ -33,7 +33,7 @@ from actcache.spec import canonical_json, digest
 from actcache.store import open_store
 from actcache.untrusted import _FREE_BYTES, load_json, read_parquet
 
-MANIFEST = manifest_key(1)
+MANIFEST = manifest_key(2)  # with the LM's losses
 
 
 class Objects(dict):
@@ -171,7 +171,7 @@ LIES = [
     (("segments", 0), "x"),
     (("segments",), {"0": {}}),
     (("segments",), []),
-    (("version",), 2),
+    (("version",), 3),
     (("version",), True),
     (("version",), 10**30),
     (("format",), 4),
