@@ -63,8 +63,16 @@ def _ranks() -> list[int]:
 @pytest.fixture(scope="module")
 def cluster():
     with RayCluster(head_cpus=1) as found:
-        found.workers = [found.add_node(1), found.add_node(1)]
+        found.workers = []
+        for _ in range(2):
+            _add_worker(found)
         yield found
+
+
+def _add_worker(cluster) -> None:
+    """A node of one CPU, once it has joined: two that start at once may time out on a busy machine."""
+    cluster.workers.append(cluster.add_node(1))
+    cluster.wait_for_nodes(1 + len(cluster.workers))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +109,7 @@ def test_a_run_killed_by_seed_on_a_cluster_ends_in_the_undisturbed_result(
             os.kill(rng.choice(_ranks()), signal.SIGKILL)
         elif kind == "node":
             cluster.kill(cluster.workers.pop(rng.randrange(2)))
-            cluster.workers.append(cluster.add_node(1))
+            _add_worker(cluster)
         else:
             process.kill()
             process.communicate(timeout=60)
