@@ -377,7 +377,7 @@ def _run(
     }
     if missing or state.n_waiting:  # else a run before has committed all, and only losses are missing
         state.commit({}, provenance)  # first: what measuring may meet must not cost what was computed
-        write_metadata(state.store, derived)
+    write_metadata(state.store, derived)  # always: a run that committed all may have died before this
     if not failed and not drain.asked:
         _measure(pool, state)
     if failed:
