@@ -54,7 +54,7 @@ def site_groups(widths: Mapping[str, int], n_rows: int, budget_bytes: int) -> li
 
 
 def row_bytes(n_rows: int, d_in: int) -> int:
-    """Of a site's rows as float32."""
+    """Size in bytes of a site's rows as float32."""
     return 4 * n_rows * d_in
 
 

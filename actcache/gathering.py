@@ -67,9 +67,9 @@ class _Shares:
     """How the rows of a batch lie among the ranks; the same for batches of one size that begin at one lane."""
 
     n_rows: int
-    """Of all ranks together."""
+    """Rows of all ranks together."""
     at_R: list[np.ndarray]
-    """Of each rank, where its rows go among the joined ones: int64 [its rows]."""
+    """Where the rows of each rank go among the joined ones: int64 [its rows]."""
     begins: dict[str, int]
     """Where the rows of each array begin in a message."""
     size_bytes: int
@@ -134,7 +134,7 @@ class Gathering:
         return self._joined(messages, shares)
 
     def _shares_of(self, first_lane: int, n: int) -> _Shares:
-        """Of the batch of `n` rows that begins at a lane."""
+        """Shares of the batch of `n` rows that begins at a lane."""
         end = first_lane + n
         row_N = rows_of_lanes(first_lane, end, self._n_lanes, self.lanes)
         at_R = [

@@ -176,7 +176,7 @@ class Harvester:
         self._calibrations: dict[str, Calibration] = {}
         self._codecs: dict[str, DeviceCodec] = {}
         self._held: dict[str, tuple[bytes, str | None]] = {}
-        """Of the calibrations in use: their bytes, and the key of the rotation if they have one."""
+        """Bytes of the calibrations in use, and the key of the rotation if they have one."""
         self._lm_lock = threading.Lock()
         self._lm_thread = ThreadPoolExecutor(1, thread_name_prefix="lm")
         self._uploads = ThreadPoolExecutor(self.job.uploads, thread_name_prefix="upload")

@@ -30,7 +30,7 @@ STATISTIC_ARRAYS = {"_D": np.dtype("<f8"), "_K": np.dtype("<i8")}
 """Dtype of a statistic that is an array, by the end of its name."""
 MAX_SHARDS = 1 << 24
 MANIFEST_FORMAT = 3
-"""Of manifests and their segments; all else has `spec.FORMAT`. Those before are read, and continued as this."""
+"""Format of manifests and their segments; all else has `spec.FORMAT`. Those before are read, and continued as this."""
 _READ_THREADS = 16
 
 

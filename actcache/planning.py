@@ -124,7 +124,7 @@ class Plan:
     compute: Compute
     cost: Cost
     needs: Needs
-    """Of one worker, in memory."""
+    """Memory of one worker."""
     notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:

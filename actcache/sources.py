@@ -32,7 +32,7 @@ _BATCH_BYTES = 8 * 2**20
 _BATCH_ROWS = 1024
 _HEAD_BYTES = 2**20
 _PACKED_HEAD = 2**18
-"""Of a packed text: unpacking what is cut off gives 64 KiB at a time, or nothing."""
+"""Limit of a packed text: unpacking what is cut off gives 64 KiB at a time, or nothing."""
 
 EMPTY = "empty"
 MAX_MALFORMED = 20

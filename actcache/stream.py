@@ -297,7 +297,7 @@ class Stream:
 
     @cached_property
     def _digest(self) -> str:
-        """Of all that ranks which exchange rows must agree on."""
+        """Digest of all that ranks which exchange rows must agree on."""
         order, options = self._order(0), self.options
         return digest(
             {

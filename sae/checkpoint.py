@@ -60,7 +60,7 @@ class PartFile(TypedDict):
     name: str
     size_bytes: int
     crc32c: list[int]
-    """Of each block of 4 MiB."""
+    """Checksum of each block of 4 MiB."""
     tensors: dict[str, TensorPlace]
 
 

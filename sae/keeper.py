@@ -79,7 +79,7 @@ class Keeper:
         self.failure: ActcacheError | None = None
         """Set by a rank that can not go on; every rank raises it at the next meeting."""
         self.stalls: list[float] = []
-        """Of each rank, as told at the last meeting."""
+        """Share of its time that each rank waited for rows, as told at the last meeting."""
 
     def start(self, rows: int) -> None:
         """The run starts, or goes on, after `rows` rows."""

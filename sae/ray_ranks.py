@@ -257,6 +257,6 @@ def _end_of(error: Any) -> End:
 
 
 def last_line(text: str) -> str:
-    """Of a traceback: the error."""
+    """The error that a traceback ends with."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "an error without a message"

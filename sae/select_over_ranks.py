@@ -122,7 +122,7 @@ def _gathered_parts(values_M: np.ndarray, axis: Axis) -> list[np.ndarray]:
 
 
 def _first_ties(own: Entries, ties_M: np.ndarray, room: int, share: Share) -> np.ndarray:
-    """Of this rank's entries at the threshold, those among the first `room` of all by (row, latent)."""
+    """This rank's entries at the threshold that are among the first `room` of all by (row, latent)."""
     group = share.group
     row_M: Any = own.rows[ties_M]
     if share.place_N is not None:

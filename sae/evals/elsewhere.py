@@ -31,7 +31,7 @@ class News:
     """How far an evaluation is. All None: the SAEs are loaded, and the checkpoint may go."""
 
     figures: dict[str, dict[str, Any]] | None = None
-    """Of each SAE, by its name; the evaluation is done."""
+    """Figures of each SAE, by its name; the evaluation is done."""
     seconds: float | None = None
     """From the reading of the checkpoint to the figures."""
     cause: str | None = None

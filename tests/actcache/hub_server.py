@@ -37,7 +37,7 @@ class Hub(ThreadingHTTPServer):
 
     @property
     def oid(self) -> str:
-        """Of the last commit."""
+        """Id of the last commit."""
         return f"{self.head:040x}"
 
     def put(self, repo: str, files: Mapping[str, bytes]) -> None:

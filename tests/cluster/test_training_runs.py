@@ -60,7 +60,7 @@ SMALLER = {
     '"2048"': '"256"',
     'python = "python"': f'python = "{sys.executable}"',
 }
-"""Of deploy/ray/train.toml, so that it takes a minute."""
+"""Smaller sizes for deploy/ray/train.toml, so that it takes a minute."""
 
 
 def test_the_run_to_copy_harvests_trains_on_two_ranks_evaluates_and_reports(cluster, tmp_path):

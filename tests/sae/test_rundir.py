@@ -25,7 +25,7 @@ def _files(path: Path) -> dict[str, bytes | None]:
 
 
 def _checkpoint(directory: RunDirectory, rows: int, world: int = 1) -> None:
-    """Of one tensor, in parts, with a line of metrics for each hundred rows."""
+    """A checkpoint of one tensor, in parts, with a line of metrics for each hundred rows."""
     state = directory.with_metrics({"step": rows // 100})
     parts, whole = [], torch.arange(float(rows))
     for rank, tensor in enumerate(whole.chunk(world)):
